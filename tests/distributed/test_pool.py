@@ -29,7 +29,6 @@ from pipelines.setting import Setting, open_setting
 from pipelines.sleep import RoundPlan
 from tests.harness import ROOT, same_process
 
-STAGES = (0, 1, 2, 3)
 RECENT = 128
 """Experiences of the stream in the store."""
 
@@ -182,7 +181,7 @@ def test_the_switch_that_spares_a_compiler_is_still_there() -> None:
     assert "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_stages_agree(train: Callable[[int, int], Trained], stage: int) -> None:
     plain, sharded = train(2, 0), train(2, stage)
     assert (sharded.backend, sharded.world) == ("gloo", 2)
@@ -195,10 +194,10 @@ def test_stages_agree(train: Callable[[int, int], Trained], stage: int) -> None:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_each_of_two_ranks_holds_half_of_the_optimizer(train: Callable[[int, int], Trained], stage: int) -> None:
-    (alone,) = train(1, stage).optimizer_bytes
-    assert alone > 0
+    whole = train(2, 0).optimizer_bytes  # nothing is sharded at stage 0
+    assert whole[0] == whole[1] > 0
     for share in train(2, stage).optimizer_bytes:
-        assert share / alone == pytest.approx(0.5, abs=0.1)
+        assert share / whole[0] == pytest.approx(0.5, abs=0.1)
 
 
 def test_two_ranks_learn_what_one_learns(train: Callable[[int, int], Trained]) -> None:

@@ -26,6 +26,7 @@ from pipelines.load_config import load_config
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "0123456789abcdef0123456789abcdef"
 START_TIMEOUT = 120.0
+SMALL = ("control.enabled=false", "pool.ranks=1")
 pytestmark = pytest.mark.timeout(500)  # a job takes a minute on a quiet machine, several on a busy one
 PORTS = (
     "port",
@@ -122,9 +123,8 @@ def check_run(root: Path, name: str) -> None:
 
 
 def test_submit_runs_on_the_cluster_and_follows_it_to_the_end(head: Head, tmp_path: Path) -> None:
-    done = client(
-        head.env, tmp_path, "-m", "cluster.cli", "submit", "--address", head.url, "smoke", "control.enabled=false"
-    )
+    submit = ["-m", "cluster.cli", "submit", "--address", head.url, "smoke", *SMALL]
+    done = client(head.env, tmp_path, *submit)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "round 2" in done.stdout, "the job's log is shown"
     assert "SUCCEEDED" in done.stdout
@@ -132,16 +132,7 @@ def test_submit_runs_on_the_cluster_and_follows_it_to_the_end(head: Head, tmp_pa
 
 
 def test_a_plain_ray_job_runs_the_same_command(head: Head, tmp_path: Path) -> None:
-    run = [
-        "python",
-        "-m",
-        "cluster.cli",
-        "run",
-        "smoke",
-        f"run.root={tmp_path}",
-        "run.name=plain",
-        "control.enabled=false",
-    ]
+    run = ["python", "-m", "cluster.cli", "run", "smoke", f"run.root={tmp_path}", "run.name=plain", *SMALL]
     done = client(head.env, tmp_path, "-m", "ray.scripts.scripts", "job", "submit", "--address", head.url, "--", *run)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in done.stdout
