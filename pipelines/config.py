@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Dict, List, Optional
 
 from nl_model.config import LevelConfig, ModelConfig, OptimizerConfig, check_levels, in_tokens
+from pipelines.checks import at_least, one_of
+from pipelines.gate_config import GateConfig
+from pipelines.sleep_config import SleepConfig
 
 SCHEDULES = ("sequential", "mixed", "soft")
-SAMPLERS = ("uniform", "recency", "surprise")
 TOKENIZERS = ("byte", "bpe")
-
-
-def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{key}={value!r} is unknown; use one of {', '.join(allowed)}")
-
-
-def _at_least(key: str, value: float, bound: float) -> None:
-    if not value >= bound:
-        raise ValueError(f"{key}={value} must be at least {bound}")
-
-
-def _share(key: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{key}={value} must lie between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -58,8 +44,8 @@ class TokenizerConfig:
     """A tokenizer.json of the tokenizers library to load instead of training one (bpe only)."""
 
     def __post_init__(self) -> None:
-        _one_of("tokenizer.kind", self.kind, TOKENIZERS)
-        _at_least("tokenizer.vocab_size", self.vocab_size, 257)
+        one_of("tokenizer.kind", self.kind, TOKENIZERS)
+        at_least("tokenizer.vocab_size", self.vocab_size, 257)
 
 
 @dataclass(frozen=True)
@@ -86,11 +72,11 @@ class StreamConfig:
     """Documents longer than this are quarantined."""
 
     def __post_init__(self) -> None:
-        _one_of("stream.schedule", self.schedule, SCHEDULES)
-        _at_least("stream.transition", self.transition, 1)
-        _at_least("stream.max_source_bytes", self.max_source_bytes, 0)
-        _at_least("stream.probe_bytes", self.probe_bytes, 1)
-        _at_least("stream.max_document_bytes", self.max_document_bytes, 1)
+        one_of("stream.schedule", self.schedule, SCHEDULES)
+        at_least("stream.transition", self.transition, 1)
+        at_least("stream.max_source_bytes", self.max_source_bytes, 0)
+        at_least("stream.probe_bytes", self.probe_bytes, 1)
+        at_least("stream.max_document_bytes", self.max_document_bytes, 1)
 
 
 @dataclass(frozen=True)
@@ -109,9 +95,9 @@ class BaseConfig:
     """Peak step size of base pretraining."""
 
     def __post_init__(self) -> None:
-        _at_least("base.tokens", self.tokens, 0)
-        _at_least("base.batch", self.batch, 1)
-        _at_least("base.lr", self.lr, 0)
+        at_least("base.tokens", self.tokens, 0)
+        at_least("base.batch", self.batch, 1)
+        at_least("base.lr", self.lr, 0)
 
 
 @dataclass(frozen=True)
@@ -124,68 +110,8 @@ class WakeConfig:
     """Wake steps between checkpoints of the learner (a resume replays at most this many)."""
 
     def __post_init__(self) -> None:
-        _at_least("wake.batch", self.batch, 1)
-        _at_least("wake.checkpoint_every", self.checkpoint_every, 1)
-
-
-@dataclass(frozen=True)
-class SleepConfig:
-    """One consolidation round."""
-
-    tokens_per_token: float = 0.5
-    """Tokens trained on asleep per token streamed awake since the last round."""
-    max_steps: int = 0
-    """Most steps of one round; 0: no limit."""
-    max_queued: int = 4
-    """Most rounds that wait for the pool; beyond it the oldest is merged into the next."""
-    batch: int = 8
-    """Sequences per step over all ranks together."""
-    recent: float = 0.5
-    """Share of recent experience in a batch; the rest is older experience, replayed."""
-    sampler: str = "uniform"
-    """How older experience is drawn: uniform, recency, or surprise."""
-    half_life: int = 2048
-    """Half-life of the recency sampler, in experiences."""
-    surprise_cap: float = 3.0
-    """Largest weight of one experience in the surprise sampler, in multiples of the mean."""
-    source_cap: float = 0.5
-    """Largest share of one source among replayed experiences in the surprise sampler."""
-    teacher: float = 0.1
-    """Weight of distillation from the teacher (the awake model) on recent experience; 0 skips its passes."""
-    anchor: float = 0.1
-    """Weight of distillation from the anchor (the last promoted model) on old experience; 0 skips its passes."""
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=2e-3))
-    """Optimizer of the pool over all levels of the student; lr is the peak of a warmed-up cosine per round."""
-
-    def __post_init__(self) -> None:
-        _at_least("sleep.tokens_per_token", self.tokens_per_token, 0)
-        _at_least("sleep.max_steps", self.max_steps, 0)
-        _at_least("sleep.max_queued", self.max_queued, 1)
-        _at_least("sleep.batch", self.batch, 1)
-        _share("sleep.recent", self.recent)
-        _one_of("sleep.sampler", self.sampler, SAMPLERS)
-        _at_least("sleep.half_life", self.half_life, 1)
-        _at_least("sleep.surprise_cap", self.surprise_cap, 1)
-        _share("sleep.source_cap", self.source_cap)
-        _share("sleep.teacher", self.teacher)
-        _share("sleep.anchor", self.anchor)
-        # ZeRO hands an optimizer flat shards; one that looks at whole matrices cannot work with them.
-        _one_of("sleep.optimizer.name", self.optimizer.name, ("adamw", "sgd"))
-
-
-@dataclass(frozen=True)
-class GateConfig:
-    """The test a candidate must pass before it goes live. Figures in bits per byte."""
-
-    max_forgetting: float = 0.25
-    """Most a candidate may lose on any source seen before, against the anchor."""
-    max_regression: float = 0.05
-    """Most a candidate may lose on the mean over all sources seen, against the anchor."""
-
-    def __post_init__(self) -> None:
-        _at_least("gate.max_forgetting", self.max_forgetting, 0)
-        if math.isnan(self.max_regression):
-            raise ValueError("gate.max_regression=nan is no bound; give bits per byte, or .inf for none")
+        at_least("wake.batch", self.batch, 1)
+        at_least("wake.checkpoint_every", self.checkpoint_every, 1)
 
 
 @dataclass(frozen=True)
@@ -202,8 +128,8 @@ class StoreConfig:
     """Newest bytes of the store whose checksums are verified before a run is continued."""
 
     def __post_init__(self) -> None:
-        _at_least("store.segment_rows", self.segment_rows, 1)
-        _at_least("store.checkpoint_every", self.checkpoint_every, 1)
+        at_least("store.segment_rows", self.segment_rows, 1)
+        at_least("store.checkpoint_every", self.checkpoint_every, 1)
 
 
 @dataclass(frozen=True)
@@ -224,10 +150,10 @@ class PoolConfig:
     """Seconds to wait for the pool's processes to be placed and started."""
 
     def __post_init__(self) -> None:
-        _at_least("pool.ranks", self.ranks, 1)
+        at_least("pool.ranks", self.ranks, 1)
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"pool.zero_stage={self.zero_stage} must be 0, 1, 2 or 3")
-        _one_of("pool.backend", self.backend, ("auto", "gloo", "nccl"))
+        one_of("pool.backend", self.backend, ("auto", "gloo", "nccl"))
 
 
 @dataclass(frozen=True)
@@ -254,9 +180,9 @@ class ComputeConfig:
     """Run the model through torch.compile (pays for runs above a few minutes; needs a C++ compiler on a CPU)."""
 
     def __post_init__(self) -> None:
-        _one_of("compute.device", self.device, ("auto", "cpu", "cuda"))
-        _one_of("compute.precision", self.precision, ("fp32", "bf16"))
-        _at_least("compute.threads", self.threads, 1)
+        one_of("compute.device", self.device, ("auto", "cpu", "cuda"))
+        one_of("compute.precision", self.precision, ("fp32", "bf16"))
+        at_least("compute.threads", self.threads, 1)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Dict, Mapping, Sequence
 
-from pipelines.config import GateConfig
+from pipelines.gate_config import GateConfig
 
 
 @dataclass(frozen=True)

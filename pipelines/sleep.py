@@ -16,8 +16,8 @@ from torch import Tensor
 
 from nl_model.losses import distillation, forward_kl, token_nll
 from nl_model.model import NestedLM
-from pipelines.config import SleepConfig
 from pipelines.experience import KINDS, Sampler, Snapshot, build_sampler
+from pipelines.sleep_config import SleepConfig
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import math
 
 import pytest
 
-from pipelines.config import GateConfig
 from pipelines.gate import decide
+from pipelines.gate_config import GateConfig
 
 CFG = GateConfig(max_forgetting=0.25, max_regression=0.05)
 ANCHOR = {"a": 2.0, "b": 3.0, "c": 4.0}

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from nl_model.config import LevelConfig
 from nl_model.model import NestedLM
-from pipelines.config import SleepConfig
 from pipelines.experience import ExperienceStore, Record, Snapshot
 from pipelines.sleep import RoundBatches, RoundPlan, guide_logits, learning_rate, num_steps, sleep_loss
+from pipelines.sleep_config import SleepConfig
 
 CONTEXT, BASE, STREAMED = 16, 9, 40
 FIRST, LAST = 22, 36
