@@ -48,7 +48,7 @@ PLANS = {
     "free": Plan(
         ("pool.ranks=1", "wake.batch=2", "stream.max_source_bytes=65536", "levels.slow.period=16384"),
         131072,
-        {"driver": 2, "learner": 3, "rank": 2, "service": 3},
+        {"driver": 1, "learner": 3, "rank": 3, "service": 3},
     ),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import math
@@ -12,7 +13,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, Iterator, List
 
 import numpy as np
 import pytest
@@ -34,8 +35,9 @@ LIST_ACTORS = """
 import json, sys
 from ray._private.state import GlobalState
 from ray._raylet import GcsClientOptions
+address = sys.stdin.readline().strip()
 state = GlobalState()
-options = GcsClientOptions.create(sys.argv[1], None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False)
+options = GcsClientOptions.create(address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False)
 state._initialize_global_state(options)
 print(json.dumps([(a["ActorClassName"], a["State"], a["Pid"]) for a in state.actor_table(None, None, None).values()]))
 """
@@ -49,24 +51,33 @@ class Finished(Run):
     """(class, state, process id) of the actors while it streamed."""
 
 
-def list_actors(run: Run) -> List[List[Any]]:
-    (raylet,) = [p for p in run.processes() if Path(p.cmdline()[0]).name == "raylet"]
-    address = next(a.partition("=")[2] for a in raylet.cmdline() if a.startswith("--gcs-address="))
+@contextlib.contextmanager
+def actor_lister() -> Iterator[subprocess.Popen[str]]:
+    """A client that has Ray loaded before the run starts: a short stream may end while a slow machine imports it."""
     # The cluster of a run authenticates with the token in this user's home; a client has to be told to use it.
     env = {**environment(), "RAY_AUTH_MODE": "token"}
-    command = [sys.executable, "-c", LIST_ACTORS, address]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    found: List[List[Any]] = json.loads(done.stdout.splitlines()[-1])
+    command = [sys.executable, "-c", LIST_ACTORS]
+    with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def list_actors(run: Run, lister: subprocess.Popen[str]) -> List[List[Any]]:
+    (raylet,) = [p for p in run.processes() if Path(p.cmdline()[0]).name == "raylet"]
+    address = next(a.partition("=")[2] for a in raylet.cmdline() if a.startswith("--gcs-address="))
+    output, _ = lister.communicate(f"{address}\n", timeout=60)
+    found: List[List[Any]] = json.loads(output.splitlines()[-1])
     return found
 
 
 @pytest.fixture(scope="module")
 def run(runs: Path) -> Finished:
     run = Run(runs, "whole", ("tracking.experiment=whole", "tracking.model_name=whole"))
-    with run.attempt() as process:
+    with actor_lister() as lister, run.attempt() as process:
         assert run.wait_until(process, run.reached), run.tail()
-        actors = tuple((kind, state, pid) for kind, state, pid in list_actors(run))
+        actors = tuple((kind, state, pid) for kind, state, pid in list_actors(run, lister))
         assert process.wait(TIMEOUT) == 0, run.tail()
     return Finished(run.root, run.name, run.overrides, run.config, actors)
 
