@@ -93,6 +93,42 @@ def report(run_dir: Path = typer.Argument(..., help="A run directory.")) -> None
     console.print(f"report: {page}")
 
 
+@app.command()
+def compare(
+    arguments: Optional[List[str]] = ARGUMENTS,
+    methods: str = typer.Option("circadian,naive,joint,replay_25,replay_50", help="Names, families_*, or all."),
+    seeds: str = typer.Option("0,1,2", help="Seeds of base, batches and replay."),
+    orders: str = typer.Option("A,reverse", help="A (as configured), reverse, random-N."),
+    regimes: str = typer.Option("whole", help="What may be stored: whole, cap5, cap1 (percent of the stream)."),
+    preset: str = typer.Option("micro", help="Sizes: micro (hours on two cores), small or base (GPU), none."),
+    grid: str = typer.Option("5e-4,1e-3,2e-3,4e-3", help="Step sizes that every method is tuned over."),
+    epochs: float = typer.Option(2.0, help="Total FLOPs, in plain epochs of the stream."),
+    scratch: bool = typer.Option(False, help="Start from random weights instead of a base."),
+    work: Path = typer.Option(Path("runs/compare"), help="Where finished trials are kept; they are not run again."),
+    out: Path = typer.Option(Path("compare.json"), help="The outcome; its page and pictures go beside it."),
+) -> None:
+    """Compare methods on a stream at equal FLOPs and stored bytes. The same command continues what was cut off."""
+    from pipelines.compare.config import Options  # noqa: PLC0415
+    from pipelines.compare.material import stream_of_folder  # noqa: PLC0415
+    from pipelines.compare.runner import names  # noqa: PLC0415
+
+    name, overrides = split_arguments(arguments)
+    cfg = load_config(name, stream_of_folder(overrides), "" if preset == "none" else preset)
+    from cluster.compare import compare as run_comparison  # noqa: PLC0415
+    from cluster.compare import numbers  # noqa: PLC0415
+
+    options = Options(
+        methods=tuple(dict.fromkeys(names(methods))),
+        seeds=tuple(int(n) for n in numbers(seeds, "--seeds")),
+        orders=tuple(orders.split(",")),
+        regimes=tuple(regimes.split(",")),
+        grid=numbers(grid, "--grid"),
+        epochs=epochs,
+        scratch=scratch,
+    )
+    run_comparison(cfg, options, work, out, Console())
+
+
 @app.command("import")
 def import_(
     source: Path = typer.Argument(..., metavar="HF_DIR", help="A transformers checkpoint with safetensors weights."),

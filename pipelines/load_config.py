@@ -44,10 +44,17 @@ def read_yaml(name: str) -> Dict[str, Any]:
     return tree
 
 
-def load_config(name: str = "default", overrides: Sequence[str] = ()) -> Config:
-    """Defaults, then the file, then the overrides; everything checked. ValueError names the key and the remedy."""
+def load_config(name: str = "default", overrides: Sequence[str] = (), preset: str = "") -> Config:
+    """Defaults, then the file, then a shipped preset of sizes, then the overrides; everything checked.
+
+    ValueError names the key and the remedy.
+    """
     tree = read_yaml(name)
     _check_keys(tree, Config, "", name)
+    if preset:
+        sizes = read_yaml(preset)
+        tree = {**tree, **{section: {**(tree.get(section) or {}), **values} for section, values in sizes.items()}}
+        tree["levels"] = sizes.get("levels", tree.get("levels"))
     _check_overrides(overrides)
     try:
         base = OmegaConf.structured(Config)

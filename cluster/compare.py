@@ -1,0 +1,61 @@
+"""`circadian compare`: options from the command line, progress on the terminal, outcome on disk."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+from rich.console import Console
+
+from nl_model.weights import write_durably
+from pipelines.compare.config import Options
+from pipelines.compare.figures import write_figures
+from pipelines.compare.outcome import build_outcome, page
+from pipelines.compare.runner import Comparison
+from pipelines.config import Config
+
+
+def numbers(given: str, key: str) -> Tuple[float, ...]:
+    """A comma-separated list of numbers; ValueError names the option."""
+    try:
+        return tuple(float(part) for part in given.split(",") if part)
+    except ValueError:
+        raise ValueError(f"{key} {given!r} is no comma-separated list of numbers, such as 0,1,2") from None
+
+
+def command_line() -> str:
+    """The command that this process was started with, as it would be typed."""
+    return shlex.join(["circadian", *sys.argv[1:]])
+
+
+def compare(cfg: Config, options: Options, work: Path, out: Path, console: Console) -> None:
+    """Run what is not done yet, then write `out` (JSON), its page (.md) and its pictures (.png) beside it."""
+    import torch  # noqa: PLC0415 (seconds that a wrong option should not cost)
+
+    torch.set_num_threads(cfg.compute.threads)
+    start = time.monotonic()
+
+    def report(what: str, done: int, planned: int, result: Dict[str, Any]) -> None:
+        figures = f"mean {result['mean_final_bpb']:.3f} learning {result['learning']:.3f}"
+        console.print(
+            f"{done:4d}/{planned} {what}: {figures} forgetting {result['forgetting']:+.3f} ({result['seconds']:.0f} s)",
+            highlight=False,
+            markup=False,
+        )
+
+    comparison = Comparison(cfg, options, work, report)
+    chosen, results = comparison.run()
+    outcome = build_outcome(options, chosen, results, command_line())
+    outcome["model"] = {"parameters": comparison.parameters(), "context": cfg.model.context, "dim": cfg.model.dim}
+    outcome["stream"] = {"sources": cfg.stream.sources, "base": cfg.base.sources, "schedule": cfg.stream.schedule}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(out, json.dumps(outcome, indent=1).encode())
+    text = page(outcome, f"Comparison: {out.stem.removeprefix('compare-')}")
+    write_durably(out.with_suffix(".md"), text.encode())
+    pictures: List[Path] = write_figures(outcome, out)
+    console.print(text, markup=False, highlight=False)
+    console.print(f"{out}, {out.with_suffix('.md')}, {len(pictures)} pictures; {time.monotonic() - start:.0f} s")

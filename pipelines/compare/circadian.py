@@ -1,0 +1,227 @@
+"""Circadian in one process: wake and sleep as pipelines/wake.py and sleep.py have them, on a memory of bounded size.
+
+Nothing runs beside anything here, so that a trial is a function of its settings; what a run does in parallel counts the
+same FLOPs. Shapes: B sequences, T predicted tokens, S = T + 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Dict, List, Optional, Tuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nl_model.model import NestedLM
+from nl_model.online import OnlineLevels
+from nl_model.optim.levelwise import build_optimizer
+from pipelines.compare.config import Night
+from pipelines.compare.material import Material, Segment
+from pipelines.compare.memory import Memory
+from pipelines.compare.meter import Meter
+from pipelines.compare.pulls import frozen_copy
+from pipelines.compare.trace import Trace, fresh_model
+from pipelines.gate import decide
+from pipelines.probe import score
+from pipelines.sleep import guide_logits, learning_rate, sleep_loss
+
+RECENT_SHARE = 0.25
+"""Share of a bounded memory that holds what was not slept on yet."""
+
+
+class CircadianTrainer:
+    """Wakes and sleeps through the segments of a stream.
+
+    Args:
+        lr: peak step size asleep.
+        epochs: FLOPs per stream token, in full training steps.
+        capacity: bytes that may be stored.
+    """
+
+    def __init__(
+        self,
+        material: Material,
+        night: Night,
+        lr: float,
+        epochs: float,
+        capacity: float,
+        seed: int,
+        weights: Dict[str, Tensor],
+        device: torch.device,
+    ) -> None:
+        cfg = material.cfg
+        self.material, self.night, self.lr, self.epochs, self.device = material, night, lr, epochs, device
+        self.cfg, self.size, self.width = cfg, cfg.sleep.batch, cfg.model.context + 1
+        self.sleep_config = replace(cfg.sleep, teacher=night.teacher, anchor=night.anchor)
+        self.model = fresh_model(material, weights, device)
+        self.meter = Meter.of(cfg, material.vocab_size)
+        self.trace = Trace(material, self.meter)
+        owned = [n for n, level in cfg.levels.items() if level.owner == "learner" or night.wake == "all"]
+        self.levels = OnlineLevels(self.model, owned) if night.wake != "none" else None
+        self.wake_flops = {"learner": self.meter.wake, "all": self.meter.full, "none": self.meter.forward}[night.wake]
+        self.optimizer_config = replace(cfg.sleep.optimizer, lr=lr)
+        self.optimizer: Optional[torch.optim.Optimizer] = None
+        self.memory = Memory(capacity, 0, seed)
+        self.live = frozen_copy(self.model)
+        self.seen: List[str] = list(material.base_sources)
+        self.anchor_row: Dict[str, float] = {}
+        self.position, self.credit, self.rounds, self.rejected = 0, 0.0, 0, 0
+        self.random = np.random.default_rng([seed, 5])
+
+    def run(self) -> Trace:
+        """Live through the whole stream; returns the trial's trace."""
+        self.trace.score(self.model, 0)
+        self.memory.add(self.material.base.tokens_NS, self.material.base.sources_N)
+        if self.night.gate:
+            self.anchor_row = self._gate_scores(self.model)
+        for segment in self.material.segments:
+            self.seen.extend(s for s in self._sources_of(segment) if s not in self.seen)
+            days = self._days(len(segment.tokens_NS))
+            for day, (first, last) in enumerate(days):
+                self._wake(segment, first, last)
+                self._sleep(segment, first, last, (day, len(days)))
+                kept = segment.tokens_NS[first:last], segment.sources_N[first:last]
+                self.memory.add(*kept, 1.0 - self._recent_share())
+            self.trace.score(self.model, self.position)
+        self.trace.notes.update(rounds=self.rounds, rejected=self.rejected)
+        return self.trace
+
+    def _sources_of(self, segment: Segment) -> List[str]:
+        return [self.material.sources[i] for i in dict.fromkeys(segment.sources_N.tolist())]
+
+    def _recent_share(self) -> float:
+        return 0.0 if self.memory.capacity == float("inf") else RECENT_SHARE
+
+    def _days(self, rows: int) -> List[Tuple[int, int]]:
+        """The stretches between two sleeps: as configured, shorter where a bounded memory holds no more."""
+        longest = self.size if self.night.online else -(-rows // self.night.rounds)
+        if self._recent_share():
+            longest = max(self.size, min(longest, self.memory.rows(self.width, RECENT_SHARE)))
+        longest = -(-longest // self.size) * self.size
+        return [(first, min(rows, first + longest)) for first in range(0, rows, longest)]
+
+    def _wake(self, segment: Segment, first: int, last: int) -> None:
+        T, batch = self.width - 1, self.cfg.wake.batch
+        self._train_levels()
+        for start in range(first, last, batch):
+            stop = min(last, start + batch)
+            tokens_BS = torch.from_numpy(segment.tokens_NS[start:stop]).to(self.device)
+            with torch.set_grad_enabled(self.levels is not None):
+                nll_BT = self.model.nll(tokens_BS)
+            self.position += (stop - start) * T
+            self.trace.saw(self.position, nll_BT, segment.bytes_N[start:stop])
+            if self.levels is not None:
+                self.levels.observe(nll_BT)
+                self.levels.advance(nll_BT.numel())
+            self.meter.spend("wake", self.wake_flops * nll_BT.numel())
+            self.trace.learner_flops += self.wake_flops * nll_BT.numel()
+            self.credit += (self.epochs * self.meter.full - self.wake_flops) * nll_BT.numel()
+        self.trace.holds(self.memory.bytes + (last - first) * T)
+
+    def _train_levels(self) -> None:
+        if self.levels is not None:
+            names = set(self.levels.names)
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(self.model.level_of(name) in names)
+
+    @property
+    def step_flops(self) -> float:
+        """FLOPs of one sleeping step, guides included."""
+        guided = self.night.recent * bool(self.night.teacher) + (1 - self.night.recent) * bool(self.night.anchor)
+        return self.size * (self.width - 1) * (self.meter.full + guided * self.meter.forward)
+
+    def _sleep(self, segment: Segment, first: int, last: int, day: Tuple[int, int]) -> None:
+        """One round: the student starts as the awake model; all levels train on recent and replayed experience.
+
+        day: (number of the day in its segment, days of the segment).
+        """
+        steps = int(self.credit // self.step_flops)
+        if not steps:
+            return
+        self.credit -= steps * self.step_flops
+        self.rounds += 1
+        student = self.model.requires_grad_(True)
+        gated = self.night.gate and not self.night.online
+        awake = frozen_copy(student) if self.night.teacher or gated else None
+        # Without nights one cosine spans the segment; with them, each night has its own.
+        span = (day[0] * steps, day[1] * steps) if self.night.online else (0, steps)
+        self._train(student, segment.tokens_NS[first:last], steps, awake if self.night.teacher else None, span)
+        self.meter.spend("sleep", steps * self.step_flops)
+        if gated and not self._passes(student, awake):
+            assert awake is not None
+            self.rejected += 1
+            _copy_weights(awake, student)
+        else:
+            _copy_weights(student, self.live)
+
+    def _train(
+        self,
+        student: NestedLM,
+        recent_NS: np.ndarray,
+        steps: int,
+        teacher: Optional[NestedLM],
+        span: Tuple[int, int],
+    ) -> None:
+        if self.optimizer is None or not self.night.keep_moments:
+            self.optimizer = build_optimizer(list(student.parameters()), self.optimizer_config)
+        anchor = self.live if self.night.anchor else None
+        number, order = self._recent_number(), _passes_over(len(recent_NS), self.random)
+        average, averaged = None, 0
+        for step in range(steps):
+            mine = [next(order) for _ in range(number)]
+            old = self.memory.draw(self.size - number, self.night.balance)
+            rows = np.concatenate([recent_NS[mine], self.memory.tokens_NS[old]]) if len(old) else recent_NS[mine]
+            tokens_BS = torch.from_numpy(rows).to(self.device)
+            recent_B = torch.arange(len(rows), device=self.device) < number
+            guides = guide_logits(teacher, anchor, tokens_BS, recent_B)
+            loss, _ = sleep_loss(student(tokens_BS[:, :-1]), tokens_BS, recent_B, guides, self.sleep_config)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(student.parameters(), self.optimizer_config.clip or float("inf"))
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.lr, span[0] + step, span[1], floor=self.night.floor)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.night.average and step >= steps * (1 - self.night.average):
+                averaged += 1
+                average = _average_in(average, student, averaged)
+        if average is not None:
+            with torch.no_grad():
+                for parameter, mean in zip(student.parameters(), average, strict=True):
+                    parameter.copy_(mean)
+
+    def _recent_number(self) -> int:
+        return round(self.night.recent * self.size) if len(self.memory) else self.size
+
+    def _gate_scores(self, model: NestedLM) -> Dict[str, float]:
+        return score(model, self.material.gate_probes, self.material.sources, self.cfg.compute.precision)
+
+    def _passes(self, student: NestedLM, awake: Optional[NestedLM]) -> bool:
+        """Whether the gate lets a candidate go live; its probes are not those that methods are judged on."""
+        assert awake is not None
+        found = self._gate_scores(student)
+        decision = decide(found, self.anchor_row, self._gate_scores(awake), self.seen, self.cfg.gate)
+        if decision.promoted:
+            self.anchor_row = found
+        return decision.promoted
+
+
+def _passes_over(rows: int, random: np.random.Generator):  # type: ignore[no-untyped-def]
+    """Indices of all rows in a fresh order, again and again."""
+    while True:
+        yield from random.permutation(rows)
+
+
+def _average_in(average: Optional[List[Tensor]], student: NestedLM, count: int) -> List[Tensor]:
+    """Running mean of weights."""
+    now = [p.detach() for p in student.parameters()]
+    if average is None:
+        return [p.clone() for p in now]
+    torch._foreach_lerp_(average, now, 1.0 / count)
+    return average
+
+
+@torch.no_grad()
+def _copy_weights(source: NestedLM, target: NestedLM) -> None:
+    for mine, theirs in zip(target.parameters(), source.parameters(), strict=True):
+        mine.copy_(theirs)

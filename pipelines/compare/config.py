@@ -1,0 +1,166 @@
+"""What is compared: methods, regimes, budgets, and the settings that tuning may choose from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Dict, Tuple
+
+from pipelines.checks import at_least, one_of, share
+
+REGIMES: Dict[str, float] = {"whole": float("inf"), "cap5": 0.05, "cap1": 0.01}
+"""Bytes that may be stored at any time, as a share of the stream's bytes."""
+FAMILIES = ("plain", "joint", "circadian")
+SCHEDULES = ("rewarm", "constant")
+
+
+@dataclass(frozen=True)
+class Night:
+    """How Circadian spends its FLOPs: the settings that ablations change one at a time."""
+
+    wake: str = "learner"
+    """Levels written awake: learner (the fast ones), all (every level at one frequency), none."""
+    rounds: int = 4
+    """Sleeps per source (or per stretch of a stream without boundaries)."""
+    recent: float = 0.5
+    """Share of recent experience in a sleeping batch; the rest is replayed."""
+    teacher: float = 0.0
+    """Weight of the awake model's distribution on recent experience."""
+    anchor: float = 0.0
+    """Weight of the last promoted model's distribution on old experience."""
+    average: float = 0.0
+    """Share of a round's last steps whose weights are averaged into the candidate; 0: the last weights."""
+    gate: bool = True
+    """Judge candidates; a rejected one is thrown away, its FLOPs are spent."""
+    online: bool = False
+    """Spend the sleeping FLOPs on plain replay between wake steps, without nights."""
+    keep_moments: bool = True
+    """Carry the optimizer's moments from round to round."""
+    floor: float = 0.05
+    """Where the cosine of a round ends, as a share of its peak."""
+    balance: float = 0.0
+    """0: replay every stored sequence equally often. 1: every source equally often."""
+    dreams: float = 0.0
+    """Share of the replayed part that is dreamt by the anchor instead of read from the store."""
+
+    def __post_init__(self) -> None:
+        one_of("wake", self.wake, ("learner", "all", "none"))
+        at_least("rounds", self.rounds, 1)
+        for key in ("recent", "teacher", "anchor", "average", "floor", "balance", "dreams"):
+            share(key, getattr(self, key))
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to learn the stream."""
+
+    family: str = "plain"
+    """plain: online training with replay and regularisers. joint: all text at once. circadian: wake and sleep."""
+    replay: float = 0.0
+    """Share of replayed sequences in a batch."""
+    schedule: str = "rewarm"
+    """Step size: re-warmed with a cosine over every source, or constant after one warm-up."""
+    ewc: float = 0.0
+    """Strength of the quadratic pull to the weights of earlier sources (online EWC)."""
+    lwf: float = 0.0
+    """Weight of distillation from the model of the last boundary on new text."""
+    der: float = 0.0
+    """Weight of distillation from stored log-probabilities on replayed text (DER++)."""
+    der_top: int = 8
+    """Log-probabilities stored per token."""
+    ema: float = 0.0
+    """Decay per step of the averaged weights that are scored; 0: the trained ones."""
+    merge: float = 0.0
+    """Weight of the last boundary's model in what a boundary leaves behind (merging)."""
+    reptile: float = 0.0
+    """Step of the outer update towards the inner steps' end (MER); 0: none."""
+    reptile_every: int = 16
+    """Inner steps per outer update."""
+    balance: float = 0.0
+    """0: replay every stored sequence equally often. 1: every source equally often."""
+    lora: int = 0
+    """Rank of the adapters that train, merged at boundaries; 0: all weights train."""
+    night: Night = field(default_factory=Night)
+    """Settings of the circadian family."""
+
+    def __post_init__(self) -> None:
+        one_of("family", self.family, FAMILIES)
+        one_of("schedule", self.schedule, SCHEDULES)
+        for key in ("replay", "lwf", "der", "ema", "merge", "reptile", "balance"):
+            share(key, getattr(self, key))
+        at_least("ewc", self.ewc, 0)
+        at_least("lora", self.lora, 0)
+
+    @property
+    def keeps_data(self) -> bool:
+        """Whether the method holds text of the stream, so that a bound on stored bytes changes it."""
+        return self.family == "circadian" or self.replay > 0
+
+
+REPLAY = Method(replay=0.5)
+CIRCADIAN = Method("circadian")
+
+
+def _night(**changes: Any) -> Method:
+    return replace(CIRCADIAN, night=replace(CIRCADIAN.night, **changes))
+
+
+METHODS: Dict[str, Method] = {
+    "circadian": CIRCADIAN,
+    "naive": Method(),
+    "joint": Method("joint"),
+    "replay_5": replace(REPLAY, replay=0.05),
+    "replay_25": replace(REPLAY, replay=0.25),
+    "replay_50": REPLAY,
+    "replay_tuned": replace(REPLAY, replay=0.65),
+    "der": replace(REPLAY, der=0.3),
+    "ewc": Method(ewc=1e-3),
+    "lwf": Method(lwf=0.3),
+    "ema": Method(ema=0.998),
+    "mer": replace(REPLAY, reptile=0.7),
+    "lora": Method(lora=16),
+    "one_frequency": _night(wake="all"),
+    "sleep_as_replay": _night(online=True),
+}
+"""The methods by name; ablations are named circadian_*."""
+VARIANTS: Dict[str, Dict[str, Method]] = {
+    "naive": {"rewarm": Method(), "constant": Method(schedule="constant")},
+    "replay_tuned": {f"{rate:.0%}": replace(REPLAY, replay=rate) for rate in (0.65, 0.4, 0.8)},
+    "der": {f"{weight:g}": replace(REPLAY, der=weight) for weight in (0.3, 0.1, 0.6)},
+    "ewc": {f"{strength:g}": Method(ewc=strength) for strength in (1e-3, 1e-4, 1e-2)},
+    "lwf": {f"{weight:g}": Method(lwf=weight) for weight in (0.3, 0.1, 0.6)},
+    "ema": {"ema 0.998": Method(ema=0.998), "ema 0.9995": Method(ema=0.9995), "merge": Method(merge=0.5)},
+    "mer": {f"{step:g}": replace(REPLAY, reptile=step) for step in (0.7, 0.3)},
+    "lora": {f"rank {rank}": Method(lora=rank) for rank in (16, 64)},
+}
+"""Settings that tuning tries at a method's best step size; step sizes are tried with the first."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What one comparison runs. Trials that are done already are not run again."""
+
+    methods: Tuple[str, ...] = ("circadian", "naive", "joint", "replay_25", "replay_50")
+    """Names out of `METHODS`."""
+    seeds: Tuple[int, ...] = (0, 1, 2)
+    """Seeds of the base, of batches and of replay."""
+    orders: Tuple[str, ...] = ("A", "reverse")
+    """A: as configured; reverse; random-N: a permutation drawn with seed N."""
+    regimes: Tuple[str, ...] = ("whole",)
+    """Names out of `REGIMES`."""
+    grid: Tuple[float, ...] = (5e-4, 1e-3, 2e-3, 4e-3)
+    """Step sizes that every method is tuned over, on order A with a seed of its own."""
+    tuning_seed: int = 1000
+    """Seed of tuning; none of the seeds that are reported."""
+    epochs: float = 2.0
+    """Total FLOPs, in plain training steps over the whole stream (2: every token twice)."""
+    scratch: bool = False
+    """Start from random weights instead of a base."""
+
+    def __post_init__(self) -> None:
+        for name in self.regimes:
+            one_of("--regimes", name, tuple(REGIMES))
+        if len(self.grid) < 1:
+            raise ValueError("--grid is empty; give step sizes to tune over")
+        at_least("--epochs", self.epochs, 0.5)
+        if self.tuning_seed in self.seeds:
+            raise ValueError(f"--seeds {self.seeds} contain the tuning seed {self.tuning_seed}; choose other seeds")

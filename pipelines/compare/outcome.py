@@ -1,0 +1,129 @@
+"""The outcome of a comparison: one JSON that machines read, a page with tables for people. Figures in bits per byte."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any, Dict, List, Mapping, Tuple
+
+import numpy as np
+
+from pipelines.compare.config import Options
+from pipelines.compare.runner import Chosen
+from pipelines.compare.statistics import columns, gap_closed, interval, paired
+
+Results = Mapping[Tuple[str, str, str, int], Mapping[str, Any]]
+MEANS = (
+    "mean_final_bpb",
+    "forgetting",
+    "learning",
+    "online_bpb",
+    "base_bpb",
+    "stored_bytes",
+    "learner_step",
+    "seconds",
+)
+OURS = "circadian"
+
+
+def build_outcome(options: Options, chosen: Mapping[str, Chosen], results: Results, command: str) -> Dict[str, Any]:
+    """Everything that a comparison found, by regime and method, JSON-able."""
+    return {
+        "command": command,
+        "seeds": list(options.seeds),
+        "orders": list(options.orders),
+        "start": "random weights" if options.scratch else "base",
+        "epochs": options.epochs,
+        "tuning": {
+            "grid": list(options.grid),
+            "seed": options.tuning_seed,
+            "order": "A",
+            "chosen": {name: {"lr": c.lr, "method": asdict(c.method), "tried": c.tried} for name, c in chosen.items()},
+        },
+        "regimes": {regime: _regime(options, results, regime) for regime in options.regimes},
+    }
+
+
+def _regime(options: Options, results: Results, regime: str) -> Dict[str, Any]:
+    trials: Dict[str, List[Any]] = {
+        name: [results[regime, name, order, seed] for seed in options.seeds for order in options.orders]
+        for name in options.methods
+    }
+    found: Dict[str, Any] = {
+        key: {name: float(np.mean(values)) for name, values in columns(trials, key).items()} for key in MEANS
+    }
+    final = columns(trials, "mean_final_bpb")
+    found["interval"] = {name: list(interval(values)) for name, values in final.items()}
+    found["flops"] = {name: float(np.mean([t["flops"]["total"] for t in ts])) for name, ts in trials.items()}
+    found["trials"] = {
+        name: [
+            {key: t[key] for key in ("mean_final_bpb", "forgetting", "learning", "online_bpb", "matrix", "sources")}
+            | {"seed": t["key"]["seed"], "order": t["key"]["order"], "curve": t["curve"]}
+            for t in ts
+        ]
+        for name, ts in trials.items()
+    }
+    if OURS in trials:
+        found["against"] = {
+            key: {name: paired(values[OURS], values[name]) for name in values if name != OURS}
+            for key in ("mean_final_bpb", "learning", "online_bpb", "forgetting")
+            if OURS in (values := columns(trials, key))
+        }
+    if {"naive", "joint"} <= set(final):
+        found["gap_closed"] = {name: gap_closed(v, final["naive"], final["joint"]) for name, v in final.items()}
+    return found
+
+
+def page(outcome: Mapping[str, Any], title: str) -> str:
+    """The outcome as Markdown."""
+    cells = len(outcome["seeds"]) * len(outcome["orders"])
+    lines = [
+        f"# {title}",
+        "",
+        f"Written by `{outcome['command']}`.",
+        "",
+        f"Bits per byte, lower is better: means over {len(outcome['seeds'])} seeds x {len(outcome['orders'])} orders "
+        f"({', '.join(outcome['orders'])}), {cells} trials per row, with 95 % bootstrap intervals. Every method starts from "
+        f"the same {outcome['start']} and spends the FLOPs of {outcome['epochs']:g} plain epochs of the stream; step sizes "
+        f"tuned over {outcome['tuning']['grid']} on order A with a seed of its own, then frozen.",
+    ]
+    for regime, found in outcome["regimes"].items():
+        lines += ["", f"## Store: {_words(regime)}", "", *_table(found)]
+    return "\n".join(lines) + "\n"
+
+
+def _words(regime: str) -> str:
+    return {"whole": "the whole history"}.get(regime, f"{regime.removeprefix('cap')} % of the stream's bytes")
+
+
+def _table(found: Mapping[str, Any]) -> List[str]:
+    head = [
+        "method",
+        "final mean",
+        "95 %",
+        "lead of circadian (95 %)",
+        "learning",
+        "forgetting",
+        "online",
+        "learner",
+        "stored",
+    ]
+    rows = ["| " + " | ".join(head) + " |", "| --- " + "| ---: " * (len(head) - 1) + "|"]
+    for name in sorted(found["mean_final_bpb"], key=lambda n: found["mean_final_bpb"][n]):
+        low, high = found["interval"][name]
+        lead = found.get("against", {}).get("mean_final_bpb", {}).get(name)
+        online = found["online_bpb"].get(name)
+        cells = [
+            f"**{name}**" if name == OURS else name,
+            f"{found['mean_final_bpb'][name]:.3f}",
+            f"{low:.3f} .. {high:.3f}",
+            f"{-lead['mean']:+.3f} ({-lead['high']:+.3f} .. {-lead['low']:+.3f})" if lead else "",
+            f"{found['learning'][name]:.3f}",
+            f"{found['forgetting'][name]:+.3f}",
+            f"{online:.3f}" if online is not None else "",
+            f"{found['learner_step'][name]:.2f}",
+            f"{found['stored_bytes'][name] / 1024:,.0f} KiB",
+        ]
+        rows.append("| " + " | ".join(cells) + " |")
+    if "gap_closed" in found and OURS in found["gap_closed"]:
+        rows += ["", f"Share of the gap from naive to joint that circadian closes: {found['gap_closed'][OURS]:.0%}."]
+    return rows

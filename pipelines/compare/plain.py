@@ -1,0 +1,318 @@
+"""Plain online training with replay and what else opponents add to it; and joint training, the upper bound.
+
+A batch holds new sequences, in stream order, and replayed ones. FLOPs that a method saves on replay buy it further
+passes over the present stretch, as far as it may store it.
+
+Shapes: B sequences, T predicted tokens, S = T + 1, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Dict, List, Optional, Tuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nl_model.losses import forward_kl, token_nll
+from nl_model.optim.levelwise import build_optimizer
+from pipelines.compare.config import Method
+from pipelines.compare.material import Material, Segment
+from pipelines.compare.memory import TOP_BYTES, Memory
+from pipelines.compare.meter import Meter
+from pipelines.compare.pulls import (
+    AverageWeights,
+    ElasticWeights,
+    adapt,
+    frozen_copy,
+    keep_top,
+    top_divergence,
+)
+from pipelines.compare.trace import Trace, fresh_model
+from pipelines.sleep import learning_rate
+
+FISHER_SEQUENCES = 64
+"""Sequences per boundary that the Fisher diagonal is estimated on."""
+WARM_STEPS = 50
+"""Warm-up of a constant step size."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One training step's sequences."""
+
+    tokens_BS: Tensor
+    new: int
+    """How many of them, at the front, are new."""
+    places: List[int]
+    """Their places in the segment."""
+    old: np.ndarray
+    """Indices of the others in the memory."""
+
+
+class PlainTrainer:
+    """Learns the segments of a stream one after the other.
+
+    Args:
+        epochs: FLOPs per stream token, in full training steps.
+        capacity: bytes that may be stored.
+    """
+
+    def __init__(
+        self,
+        material: Material,
+        method: Method,
+        lr: float,
+        epochs: float,
+        capacity: float,
+        seed: int,
+        weights: Dict[str, Tensor],
+        device: torch.device,
+    ) -> None:
+        cfg = material.cfg
+        self.material, self.method, self.lr, self.epochs, self.device = material, method, lr, epochs, device
+        self.seed = seed
+        self.size, self.width = cfg.sleep.batch, cfg.model.context + 1
+        self.model = fresh_model(material, weights, device)
+        self.meter = Meter.of(cfg, material.vocab_size)
+        self.trace = Trace(material, self.meter)
+        generator = torch.Generator().manual_seed(seed)
+        self.generator = generator
+        self.adapters = adapt(self.model, method.lora, generator) if method.lora else []
+        self.optimizer_config = replace(cfg.sleep.optimizer, lr=lr)
+        self.optimizer = self._optimizer()
+        self.memory = Memory(capacity, TOP_BYTES * method.der_top if method.der else 0, seed)
+        self.elastic = ElasticWeights(self.model, method.ewc) if method.ewc else None
+        self.average = AverageWeights(self.model, method.ema) if method.ema else None
+        self.teacher = frozen_copy(self.model) if method.lwf else None
+        self.boundary = frozen_copy(self.model) if method.merge else None
+        self.outer = [p.detach().clone() for p in self.model.parameters()] if method.reptile else []
+        self.steps_done, self.credit, self.position = 0, 0.0, 0
+        self.kept: Dict[int, Tuple[np.ndarray, np.ndarray]] = {}
+        self.seen_segment: Optional[Segment] = None
+        self.visited = np.zeros(0, bool)
+        self.holds_window = False
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return build_optimizer([p for p in self.model.parameters() if p.requires_grad], self.optimizer_config)
+
+    @property
+    def step_flops(self) -> float:
+        """FLOPs of one step, everything that belongs to it included."""
+        tokens, meter, method = self.size * (self.width - 1), self.meter, self.method
+        full = float(meter.full)
+        if method.lora:  # no gradient of the resting weights, which cost what a forward pass does
+            full -= meter.forward * 0.9
+        full += meter.forward if method.lwf else 0.0
+        return tokens * full
+
+    def run(self) -> Trace:
+        """Learn the whole stream; returns the trial's trace."""
+        self.trace.score(self.model, 0)
+        if self.method.replay:
+            base = self.material.base
+            self._store(base.tokens_NS, base.sources_N, 1.0)
+        for segment in self.material.segments:
+            self._learn(segment)
+            self._boundary(segment)
+        self.trace.learner_flops = self.meter.total
+        return self.trace
+
+    def _learn(self, segment: Segment) -> None:
+        rows, T = len(segment.tokens_NS), self.width - 1
+        self.credit += self.epochs * self.meter.full * rows * T
+        steps = max(0, int(self.credit // self.step_flops))
+        self.credit -= steps * self.step_flops
+        counts = _new_counts(steps, self.size, self.method.replay)
+        passes = counts.sum() / max(1, rows)
+        window, share = self._window(rows, passes)
+        self.holds_window = passes > 1.0 + 1e-9
+        step = 0
+        for first in range(0, rows, window):
+            last = min(rows, first + window)
+            until = round(steps * last / rows)
+            places = _visits(first, last, counts[step:until])
+            for chosen in places:
+                self._step(self._batch(segment, chosen), segment, learning_rate_of(self, step, steps))
+                step += 1
+            self._remember(segment, first, last, 1.0 - share)
+        self.position += rows * T
+
+    def _window(self, rows: int, passes: float) -> Tuple[int, float]:
+        """Sequences of the present stretch to hold at a time, and the share of the capacity that they take."""
+        if passes <= 1.0 + 1e-9 or self.memory.capacity == float("inf"):
+            return rows, 0.0
+        share = 0.25 if self.method.replay else 1.0
+        return max(self.size, min(rows, self.memory.rows(self.width, share))), share
+
+    def _batch(self, segment: Segment, places: List[int]) -> Batch:
+        number = self.size - len(places)
+        old = np.empty(0, np.int64)
+        tokens = segment.tokens_NS[places]
+        if number and len(self.memory):
+            old = self.memory.draw(number, self.method.balance)
+            tokens = np.concatenate([tokens, self.memory.tokens_NS[old]])
+        return Batch(torch.from_numpy(tokens).to(self.device), len(places), places, old)
+
+    def _step(self, batch: Batch, segment: Segment, lr: float) -> None:
+        logits_BTV = self.model(batch.tokens_BS[:, :-1])
+        nll_BT = token_nll(logits_BTV, batch.tokens_BS[:, 1:])
+        self._note(batch, segment, nll_BT, logits_BTV)
+        loss = self._loss(batch, nll_BT, logits_BTV)
+        loss.backward()
+        clip = self.optimizer_config.clip or float("inf")
+        torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps_done += 1
+        self.meter.spend("train", self.step_flops)
+        if self.average is not None:
+            self.average.step()
+        if self.outer and self.steps_done % self.method.reptile_every == 0:
+            self._outer_step()
+
+    def _loss(self, batch: Batch, nll_BT: Tensor, logits_BTV: Tensor) -> Tensor:
+        method, total_BT = self.method, nll_BT
+        if self.teacher is not None and batch.new:
+            with torch.no_grad():
+                guide = self.teacher(batch.tokens_BS[: batch.new, :-1])
+            pull = forward_kl(logits_BTV[: batch.new], guide)
+            mixed = (1 - method.lwf) * nll_BT[: batch.new] + method.lwf * pull
+            total_BT = torch.cat([mixed, nll_BT[batch.new :]])
+        if method.der and len(batch.old) and self.memory.ids_NTK is not None and self.memory.logs_NTK is not None:
+            ids = torch.from_numpy(self.memory.ids_NTK[batch.old]).to(self.device)
+            logs = torch.from_numpy(self.memory.logs_NTK[batch.old]).to(self.device)
+            pull = top_divergence(logits_BTV[batch.new :], ids, logs)
+            mixed = (1 - method.der) * nll_BT[batch.new :] + method.der * pull
+            total_BT = torch.cat([nll_BT[: batch.new], mixed])
+        loss = total_BT.mean()
+        return loss + self.elastic.penalty() if self.elastic is not None else loss
+
+    def _note(self, batch: Batch, segment: Segment, nll_BT: Tensor, logits_BTV: Tensor) -> None:
+        """The online loss of sequences seen for the first time, and what is stored beside them."""
+        fresh = [i for i, place in enumerate(batch.places) if self._is_first(segment, place)]
+        if not fresh:
+            return
+        places = [batch.places[i] for i in fresh]
+        position = self.position + (max(places) + 1) * (self.width - 1)
+        self.trace.saw(position, nll_BT[fresh], segment.bytes_N[places])
+        if self.method.der:
+            ids, logs = keep_top(logits_BTV[fresh], self.method.der_top)
+            for place, i, log in zip(places, ids.cpu().numpy(), logs.cpu().numpy(), strict=True):
+                self.kept[place] = (i, log)
+
+    def _is_first(self, segment: Segment, place: int) -> bool:
+        if self.seen_segment is not segment:
+            self.seen_segment, self.visited = segment, np.zeros(len(segment.tokens_NS), bool)
+        first = not self.visited[place]
+        self.visited[place] = True
+        return bool(first)
+
+    def _remember(self, segment: Segment, first: int, last: int, share: float) -> None:
+        window = (last - first) * (self.width - 1) if self.holds_window else 0
+        if self.method.replay:
+            if self.method.der:
+                there = [p for p in range(first, last) if p in self.kept]
+                kept = tuple(np.stack([self.kept[p][part] for p in there]) for part in (0, 1)) if there else None
+                tokens, sources = segment.tokens_NS[there], segment.sources_N[there]
+                self.memory.add(tokens, sources, share, kept)  # type: ignore[arg-type]
+            else:
+                self._store(segment.tokens_NS[first:last], segment.sources_N[first:last], share)
+        self.kept.clear()
+        self.trace.holds(self.memory.bytes + window)
+
+    def _store(self, tokens_NS: np.ndarray, sources_N: np.ndarray, share: float) -> None:
+        kept = None
+        if self.method.der and len(tokens_NS):
+            kept = self._kept_of(tokens_NS)
+        self.memory.add(tokens_NS, sources_N, share, kept)
+        self.trace.holds(self.memory.bytes)
+
+    @torch.no_grad()
+    def _kept_of(self, tokens_NS: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+        """Log-probabilities of the base on its own text, counted as FLOPs."""
+        parts = []
+        for start in range(0, len(tokens_NS), 32):
+            tokens = torch.from_numpy(tokens_NS[start : start + 32]).to(self.device)
+            parts.append(keep_top(self.model(tokens[:, :-1]), self.method.der_top))
+        flops = float(self.meter.forward * tokens_NS.shape[0] * (self.width - 1))
+        self.meter.spend("stored", flops)
+        self.credit -= flops
+        ids, logs = (torch.cat([p[i] for p in parts]).cpu().numpy() for i in (0, 1))
+        return ids, logs
+
+    def _outer_step(self) -> None:
+        with torch.no_grad():
+            for outer, parameter in zip(self.outer, self.model.parameters(), strict=True):
+                outer.lerp_(parameter, self.method.reptile)
+                parameter.copy_(outer)
+
+    def _boundary(self, segment: Segment) -> None:
+        method = self.method
+        if self.elastic is not None and segment is not self.material.segments[-1]:
+            chosen = np.linspace(0, len(segment.tokens_NS) - 1, FISHER_SEQUENCES).astype(int)
+            tokens = self.elastic.boundary([torch.from_numpy(segment.tokens_NS[i]).to(self.device) for i in chosen])
+            self.meter.spend("fisher", tokens * self.meter.full)
+            self.credit -= tokens * self.meter.full
+        for adapter in self.adapters:
+            adapter.merge()
+            adapter.restart(self.generator)
+        if self.adapters:
+            self.optimizer = self._optimizer()
+        if self.boundary is not None:
+            with torch.no_grad():
+                for old, parameter in zip(self.boundary.parameters(), self.model.parameters(), strict=True):
+                    parameter.lerp_(old, method.merge)
+            self.boundary = frozen_copy(self.model)
+        if self.teacher is not None:
+            self.teacher = frozen_copy(self.model)
+        scored = self.average.average if self.average is not None else self.model
+        self.trace.score(scored, self.position)  # type: ignore[arg-type]
+
+
+def learning_rate_of(trainer: PlainTrainer, step: int, steps: int) -> float:
+    """Step size by the method's schedule."""
+    if trainer.method.schedule == "rewarm":
+        return learning_rate(trainer.lr, step, steps)
+    return trainer.lr * min(1.0, (trainer.steps_done + 1) / WARM_STEPS)
+
+
+def _new_counts(steps: int, size: int, replay: float) -> np.ndarray:
+    """New sequences of each step (steps,): exact over time for any share."""
+    old = np.floor(np.arange(1, steps + 1) * size * replay + 1e-9) - np.floor(np.arange(steps) * size * replay + 1e-9)
+    return (size - old).astype(int)
+
+
+def _visits(first: int, last: int, counts: np.ndarray) -> List[List[int]]:
+    """Places of the new sequences of each step over rows first to last - 1: in order, evenly, again and again."""
+    total, rows = int(counts.sum()), last - first
+    again = np.arange(total) % rows
+    places = first + (again if total >= rows else np.arange(total) * rows // max(1, total))
+    return [list(map(int, part)) for part in np.split(places, np.cumsum(counts)[:-1])] if len(counts) else []
+
+
+class JointTrainer(PlainTrainer):
+    """All text of base and stream at once, in random order: what a learner without a stream would reach."""
+
+    def run(self) -> Trace:
+        """Train once over everything; returns the trial's trace."""
+        material = self.material
+        parts = [material.base, *material.segments] if len(material.base.tokens_NS) else material.segments
+        tokens_NS = np.concatenate([s.tokens_NS for s in parts])
+        self.trace.score(self.model, 0)
+        steps = int(self.epochs * self.meter.full * material.stream_tokens // self.step_flops)
+        passes = range(1 + steps * self.size // len(tokens_NS))
+        order = np.concatenate([np.random.default_rng([self.seed, e]).permutation(len(tokens_NS)) for e in passes])
+        whole = Segment("all", tokens_NS, np.zeros(len(tokens_NS), int), np.zeros(len(tokens_NS), int))
+        for step in range(steps):
+            places = list(map(int, order[step * self.size : (step + 1) * self.size]))
+            batch = Batch(torch.from_numpy(tokens_NS[places]).to(self.device), len(places), places, np.empty(0, int))
+            self._step(batch, whole, learning_rate(self.lr, step, steps))
+        self.trace.online.clear()
+        self.trace.holds(material.stream_bytes)
+        self.trace.score(self.model, material.stream_tokens)
+        self.trace.learner_flops = self.meter.total
+        return self.trace

@@ -1,0 +1,126 @@
+"""All trials of a comparison: tuning first, then seeds and orders; what is done already is not done again."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Tuple
+
+from nl_model.model import NestedLM
+from pipelines.compare.config import METHODS, VARIANTS, Method, Options
+from pipelines.compare.material import Material, load_material
+from pipelines.compare.trial import Key, Workshop
+from pipelines.config import Config
+
+WAIT = 2.0
+"""Seconds between two looks at a trial that another process is doing."""
+Report = Callable[[str, int, int, Dict[str, Any]], None]
+"""Called with (what, trials done, trials planned, the trial's result)."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A method as tuning left it."""
+
+    method: Method
+    lr: float
+    tried: List[Tuple[str, float, float]]
+    """(variant, step size, mean final bits per byte) of every tuning trial."""
+
+
+class Comparison:
+    """Runs the trials that `Options` ask for.
+
+    Args:
+        cfg: model, stream and sleep.
+        options: what to compare.
+        path: folder of trials and bases; several processes may work on the same one.
+    """
+
+    def __init__(self, cfg: Config, options: Options, path: Path, report: Report) -> None:
+        self.cfg, self.options, self.report = cfg, options, report
+        self.shop = Workshop(path, cfg)
+        self.material: Dict[str, Material] = {}
+        self.done = 0
+
+    def run(self) -> Tuple[Dict[str, Chosen], Dict[Tuple[str, str, str, int], Dict[str, Any]]]:
+        """Tune every method, then run it everywhere; returns choices and results by (regime, method, order, seed)."""
+        options = self.options
+        chosen = {name: self.tune(name) for name in options.methods}
+        results: Dict[Tuple[str, str, str, int], Dict[str, Any]] = {}
+        for seed in options.seeds:
+            for order in options.orders:
+                for regime in options.regimes:
+                    for name in options.methods:
+                        key = self._key(name, chosen[name].method, chosen[name].lr, regime, order, seed)
+                        results[regime, name, order, seed] = self._result(key)
+        return chosen, results
+
+    def tune(self, name: str) -> Chosen:
+        """The best step size on order A with the tuning seed, then the best variant of the method at it."""
+        variants = VARIANTS.get(name, {"": METHODS[name]})
+        first = next(iter(variants))
+        tried: List[Tuple[str, float, float]] = []
+
+        def final(variant: str, lr: float) -> float:
+            options = self.options
+            key = self._key(name, variants[variant], lr, "whole", "A", options.tuning_seed)
+            value = float(self._result(key)["mean_final_bpb"])
+            tried.append((variant, lr, value))
+            return value
+
+        lr = min(self.options.grid, key=lambda rate: final(first, rate))
+        best = min(tried, key=lambda entry: entry[2])[2]
+        winner = first
+        for variant in list(variants)[1:]:
+            if (value := final(variant, lr)) < best:
+                winner, best = variant, value
+        return Chosen(variants[winner], lr, tried)
+
+    def _key(self, name: str, method: Method, lr: float, regime: str, order: str, seed: int) -> Key:
+        if not method.keeps_data:
+            regime = "whole"  # nothing is stored, so nothing changes
+        return Key(name, method, lr, regime, order, seed, self.options.epochs, self.options.scratch)
+
+    def _result(self, key: Key) -> Dict[str, Any]:
+        while True:
+            if (found := self.shop.read(key)) is not None:
+                break
+            if self.shop.claim(key):
+                found = self.shop.run(key, self._material(key.order))
+                break
+            time.sleep(WAIT)
+        self.done += 1
+        what = f"{key.name} {key.regime} {key.order} seed {key.seed} lr {key.lr:g}"
+        self.report(what, self.done, self.planned(), found)
+        return found
+
+    def _material(self, order: str) -> Material:
+        if order not in self.material:
+            self.material[order] = load_material(self.cfg, order, self.options.scratch)
+        return self.material[order]
+
+    def parameters(self) -> int:
+        """Parameters of the network that all methods train."""
+        vocab = self._material(self.options.orders[0]).vocab_size
+        return sum(p.numel() for p in NestedLM(self.cfg.model, self.cfg.levels, vocab).parameters())
+
+    def planned(self) -> int:
+        """How many trials the whole comparison has, those done included."""
+        options = self.options
+        tuning = sum(len(options.grid) + len(VARIANTS.get(n, {"": 0})) - 1 for n in options.methods)
+        return tuning + len(options.methods) * len(options.regimes) * len(options.orders) * len(options.seeds)
+
+
+def names(given: str) -> Iterator[str]:
+    """Method names out of a comma-separated list; `all` stands for all, a trailing * for a family of names."""
+    for part in given.split(","):
+        if part == "all":
+            yield from METHODS
+        elif part.endswith("*"):
+            yield from (name for name in METHODS if name.startswith(part[:-1]))
+        elif part in METHODS:
+            yield part
+        else:
+            raise ValueError(f"--methods: {part!r} is unknown; use all, or some of {', '.join(METHODS)}")

@@ -1,0 +1,149 @@
+"""One trial: a method with its settings on one order of the stream, from the base to the last score.
+
+A trial is a pure function of its key; a result that is on disk already is read, not computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import torch
+from torch import Tensor
+
+from nl_model.model import NestedLM, resolve_device
+from nl_model.optim.levelwise import build_optimizer
+from nl_model.weights import load_tensors, save_tensors, write_durably
+from pipelines.base import BaseBatches
+from pipelines.compare.circadian import CircadianTrainer
+from pipelines.compare.config import REGIMES, Method
+from pipelines.compare.material import Material
+from pipelines.compare.plain import JointTrainer, PlainTrainer
+from pipelines.config import Config
+from pipelines.load_config import config_hash
+from pipelines.sleep import learning_rate
+
+
+@dataclass(frozen=True)
+class Key:
+    """What decides a trial, beside configuration and data."""
+
+    name: str
+    method: Method
+    lr: float
+    regime: str
+    order: str
+    seed: int
+    epochs: float
+    scratch: bool
+
+    def digest(self, cfg: Config) -> str:
+        """Name of the trial's file: a hash over everything that decides its result (the method's name does not)."""
+        parts = {k: v for k, v in asdict(self).items() if k != "name"}
+        deciding = [asdict(cfg)[k] for k in ("model", "levels", "tokenizer", "stream", "base", "wake", "sleep", "gate")]
+        return config_hash(parts, deciding)
+
+
+class Workshop:
+    """Where trials are done and kept: trials/, bases/ below a folder. Several processes may share it.
+
+    Args:
+        path: the folder.
+        cfg: model, stream, base, and settings of wake and sleep.
+    """
+
+    def __init__(self, path: Path, cfg: Config) -> None:
+        self.path, self.cfg = path, cfg
+        self.device = resolve_device(cfg.compute.device)
+        for name in ("trials", "bases"):
+            (path / name).mkdir(parents=True, exist_ok=True)
+
+    def read(self, key: Key) -> Optional[Dict[str, Any]]:
+        """The result of a trial that is done; None where it is not."""
+        path = self.path / "trials" / f"{key.digest(self.cfg)}.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def claim(self, key: Key) -> bool:
+        """Take a trial on; False where a living process of this host has it."""
+        path = self.path / "trials" / f"{key.digest(self.cfg)}.claim"
+        try:
+            with open(path, "x", encoding="ascii") as file:
+                file.write(str(os.getpid()))
+            return True
+        except FileExistsError:
+            holder = path.read_text() or "0"
+            if Path(f"/proc/{holder}").exists() and int(holder) != os.getpid():
+                return False
+            path.write_text(str(os.getpid()))
+            return True
+
+    def run(self, key: Key, material: Material) -> Dict[str, Any]:
+        """Do a trial and keep its result."""
+        start = time.perf_counter()
+        weights = self.base(material, key.seed, key.scratch)
+        capacity = REGIMES[key.regime] * material.stream_bytes
+        torch.manual_seed(key.seed)
+        shared = (material, key.lr, key.epochs, capacity, key.seed, weights, self.device)
+        result = _trainer(key.method, *shared).run().result()
+        result.update(key={**asdict(key), "method": asdict(key.method)}, seconds=time.perf_counter() - start)
+        path = self.path / "trials" / f"{key.digest(self.cfg)}.json"
+        write_durably(path, json.dumps(result).encode())
+        path.with_suffix(".claim").unlink(missing_ok=True)
+        return result
+
+    def base(self, material: Material, seed: int, scratch: bool) -> Dict[str, Tensor]:
+        """Weights that every method of a seed starts from; pretrained once on the base mixture and cached."""
+        cfg = self.cfg
+        model = NestedLM(cfg.model, cfg.levels, material.vocab_size).reset_parameters(seed)
+        if scratch or not len(material.base.tokens_NS):
+            return {n: p.detach() for n, p in model.named_parameters()}
+        text = hashlib.sha256(material.base.tokens_NS.tobytes()).hexdigest()
+        shape = [asdict(cfg)[k] for k in ("model", "levels", "base")]
+        path = self.path / "bases" / f"{config_hash(shape, text, seed)}.safetensors"
+        if not path.exists():
+            self._pretrain(model.to(self.device), material, seed)
+            save_tensors(path, dict(model.named_parameters()))
+        return load_tensors(path)[0]
+
+    def _pretrain(self, model: NestedLM, material: Material, seed: int) -> None:
+        """All levels but the learner's, which stay neutral, on the mixture."""
+        cfg = self.cfg
+        model.train_only("pool")
+        optimizer = build_optimizer([p for p in model.parameters() if p.requires_grad], cfg.sleep.optimizer)
+        steps = cfg.base.tokens // (cfg.base.batch * cfg.model.context)
+        rows: List[Any] = list(material.base.tokens_NS)
+        order = BaseBatches([_Row(r) for r in rows], cfg.base.batch, seed)  # type: ignore[misc]
+        for step in range(steps):
+            tokens_BS = order.batch(step)[0].to(self.device)
+            model.nll(tokens_BS).mean().backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.sleep.optimizer.clip or float("inf"))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(cfg.base.lr, step, steps)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+
+@dataclass(frozen=True)
+class _Row:
+    tokens: Any
+
+
+def _trainer(
+    method: Method,
+    material: Material,
+    lr: float,
+    epochs: float,
+    capacity: float,
+    seed: int,
+    weights: Dict[str, Tensor],
+    device: torch.device,
+) -> PlainTrainer | CircadianTrainer:
+    if method.family == "circadian":
+        return CircadianTrainer(material, method.night, lr, epochs, capacity, seed, weights, device)
+    kind = JointTrainer if method.family == "joint" else PlainTrainer
+    return kind(material, method, lr, epochs, capacity, seed, weights, device)
