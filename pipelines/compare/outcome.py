@@ -12,16 +12,8 @@ from pipelines.compare.runner import Chosen
 from pipelines.compare.statistics import columns, gap_closed, interval, paired
 
 Results = Mapping[Tuple[str, str, str, int], Mapping[str, Any]]
-MEANS = (
-    "mean_final_bpb",
-    "forgetting",
-    "learning",
-    "online_bpb",
-    "base_bpb",
-    "stored_bytes",
-    "learner_step",
-    "seconds",
-)
+SCORES = ("mean_final_bpb", "forgetting", "learning", "online_bpb")
+MEANS = (*SCORES, "base_bpb", "stored_bytes", "learner_step", "seconds")
 OURS = "circadian"
 
 
@@ -56,7 +48,7 @@ def _regime(options: Options, results: Results, regime: str) -> Dict[str, Any]:
     found["flops"] = {name: float(np.mean([t["flops"]["total"] for t in ts])) for name, ts in trials.items()}
     found["trials"] = {
         name: [
-            {key: t[key] for key in ("mean_final_bpb", "forgetting", "learning", "online_bpb", "matrix", "sources")}
+            {key: t[key] for key in (*SCORES, "matrix", "sources")}
             | {"seed": t["key"]["seed"], "order": t["key"]["order"], "curve": t["curve"]}
             for t in ts
         ]
@@ -65,7 +57,7 @@ def _regime(options: Options, results: Results, regime: str) -> Dict[str, Any]:
     if OURS in trials:
         found["against"] = {
             key: {name: paired(values[OURS], values[name]) for name in values if name != OURS}
-            for key in ("mean_final_bpb", "learning", "online_bpb", "forgetting")
+            for key in SCORES
             if OURS in (values := columns(trials, key))
         }
     if {"naive", "joint"} <= set(final):
@@ -82,9 +74,9 @@ def page(outcome: Mapping[str, Any], title: str) -> str:
         f"Written by `{outcome['command']}`.",
         "",
         f"Bits per byte, lower is better: means over {len(outcome['seeds'])} seeds x {len(outcome['orders'])} orders "
-        f"({', '.join(outcome['orders'])}), {cells} trials per row, with 95 % bootstrap intervals. Every method starts from "
-        f"the same {outcome['start']} and spends the FLOPs of {outcome['epochs']:g} plain epochs of the stream; step sizes "
-        f"tuned over {outcome['tuning']['grid']} on order A with a seed of its own, then frozen.",
+        f"({', '.join(outcome['orders'])}), {cells} trials per row, with 95 % bootstrap intervals. Every method starts "
+        f"from the same {outcome['start']} and spends the FLOPs of {outcome['epochs']:g} plain epochs of the stream; "
+        f"step sizes tuned over {outcome['tuning']['grid']} on order A with a seed of its own, then frozen.",
     ]
     for regime, found in outcome["regimes"].items():
         lines += ["", f"## Store: {_words(regime)}", "", *_table(found)]
