@@ -26,6 +26,8 @@ from pipelines.gate import decide
 from pipelines.probe import score
 from pipelines.sleep import guide_logits, learning_rate, sleep_loss
 
+GATES = 4
+"""Times per segment that the gate judges."""
 RECENT_SHARE = 0.25
 """Share of a bounded memory that holds what was not slept on yet."""
 
@@ -66,13 +68,13 @@ class CircadianTrainer:
         self.live = frozen_copy(self.model)
         self.seen: List[str] = list(material.base_sources)
         self.anchor_row: Dict[str, float] = {}
-        self.position, self.credit, self.rounds, self.rejected = 0, 0.0, 0, 0
+        self.position, self.credit, self.banked, self.rounds, self.rejected = 0, 0.0, 0.0, 0, 0
         self.random = np.random.default_rng([seed, 5])
 
     def run(self) -> Trace:
         """Live through the whole stream; returns the trial's trace."""
         self.trace.score(self.model, 0)
-        self.memory.add(self.material.base.tokens_NS, self.material.base.sources_N)
+        self.memory.add(self.material.base.tokens_NS, self.material.base.sources_N, 1.0 - self._recent_share())
         if self.night.gate:
             self.anchor_row = self._gate_scores(self.model)
         for segment in self.material.segments:
@@ -80,7 +82,7 @@ class CircadianTrainer:
             days = self._days(len(segment.tokens_NS))
             for day, (first, last) in enumerate(days):
                 self._wake(segment, first, last)
-                self._sleep(segment, first, last, (day, len(days)))
+                self._sleep(segment, first, last, (day, len(days)), self._is_deep(segment) and day == len(days) - 1)
                 kept = segment.tokens_NS[first:last], segment.sources_N[first:last]
                 self.memory.add(*kept, 1.0 - self._recent_share())
             self.trace.score(self.model, self.position)
@@ -131,44 +133,50 @@ class CircadianTrainer:
         guided = self.night.recent * bool(self.night.teacher) + (1 - self.night.recent) * bool(self.night.anchor)
         return self.size * (self.width - 1) * (self.meter.full + guided * self.meter.forward)
 
-    def _sleep(self, segment: Segment, first: int, last: int, day: Tuple[int, int]) -> None:
+    def _is_deep(self, segment: Segment) -> bool:
+        """Whether a source's last night is a deep one, which spends what was kept for it."""
+        segments = self.material.segments
+        number = next(i for i, s in enumerate(segments) if s is segment) + 1
+        return number == len(segments) or bool(self.night.deep_every and number % self.night.deep_every == 0)
+
+    def _sleep(self, segment: Segment, first: int, last: int, day: Tuple[int, int], deep: bool) -> None:
         """One round: the student starts as the awake model; all levels train on recent and replayed experience.
 
         day: (number of the day in its segment, days of the segment).
         """
+        kept = 0.0 if deep else max(0.0, self.credit) * self.night.bank
+        self.credit += self.banked * deep - kept
+        self.banked = kept + self.banked * (not deep)
         steps = int(self.credit // self.step_flops)
-        if not steps:
+        if steps < 1:
             return
         self.credit -= steps * self.step_flops
         self.rounds += 1
         student = self.model.requires_grad_(True)
-        gated = self.night.gate and not self.night.online
-        awake = frozen_copy(student) if self.night.teacher or gated else None
+        awake = frozen_copy(student) if self.night.teacher else None
         # Without nights one cosine spans the segment; with them, each night has its own.
         span = (day[0] * steps, day[1] * steps) if self.night.online else (0, steps)
-        self._train(student, segment.tokens_NS[first:last], steps, awake if self.night.teacher else None, span)
+        self._train(student, segment.tokens_NS[first:last], self._recent_counts(steps, deep), awake, span)
         self.meter.spend("sleep", steps * self.step_flops)
-        if gated and not self._passes(student, awake):
-            assert awake is not None
-            self.rejected += 1
-            _copy_weights(awake, student)
-        else:
+        if self.night.gate and self._is_judged(day):
+            self._judge(student)
+        elif not self.night.gate:
             _copy_weights(student, self.live)
 
     def _train(
         self,
         student: NestedLM,
         recent_NS: np.ndarray,
-        steps: int,
+        recent_counts: np.ndarray,
         teacher: Optional[NestedLM],
         span: Tuple[int, int],
     ) -> None:
         if self.optimizer is None or not self.night.keep_moments:
             self.optimizer = build_optimizer(list(student.parameters()), self.optimizer_config)
         anchor = self.live if self.night.anchor else None
-        number, order = self._recent_number(), _passes_over(len(recent_NS), self.random)
+        order, steps = _passes_over(len(recent_NS), self.random), len(recent_counts)
         average, averaged = None, 0
-        for step in range(steps):
+        for step, number in enumerate(recent_counts.tolist()):
             mine = [next(order) for _ in range(number)]
             old = self.memory.draw(self.size - number, self.night.balance)
             rows = np.concatenate([recent_NS[mine], self.memory.tokens_NS[old]]) if len(old) else recent_NS[mine]
@@ -190,20 +198,36 @@ class CircadianTrainer:
                 for parameter, mean in zip(student.parameters(), average, strict=True):
                     parameter.copy_(mean)
 
-    def _recent_number(self) -> int:
-        return round(self.night.recent * self.size) if len(self.memory) else self.size
+    def _recent_counts(self, steps: int, deep: bool) -> np.ndarray:
+        """Recent sequences in each step's batch (steps,)."""
+        first = self.night.deep_recent if deep and self.night.bank else self.night.recent
+        last = self.night.recent_end if self.night.recent_end >= 0 and not deep else first
+        if not len(self.memory):
+            first = last = 1.0
+        wanted = np.cumsum(self.size * np.linspace(first, last, steps))
+        return np.diff(np.floor(wanted + 0.5), prepend=0).astype(int)
 
     def _gate_scores(self, model: NestedLM) -> Dict[str, float]:
-        return score(model, self.material.gate_probes, self.material.sources, self.cfg.compute.precision)
+        probes = self.material.gate_probes
+        flops = self.meter.forward * sum(p.tokens[:, 1:].size for p in probes.values())
+        self.meter.spend("gate", flops)
+        self.credit -= flops
+        return score(model, probes, self.material.sources, self.cfg.compute.precision)
 
-    def _passes(self, student: NestedLM, awake: Optional[NestedLM]) -> bool:
-        """Whether the gate lets a candidate go live; its probes are not those that methods are judged on."""
-        assert awake is not None
+    def _is_judged(self, day: Tuple[int, int]) -> bool:
+        """Whether the gate looks at this night: `GATES` times per segment, however short the days are."""
+        number, days = day
+        return (number + 1) * GATES // days > number * GATES // days
+
+    def _judge(self, student: NestedLM) -> None:
+        """Let a candidate go live, or go back to the live model; probes are not those that methods are judged on."""
         found = self._gate_scores(student)
-        decision = decide(found, self.anchor_row, self._gate_scores(awake), self.seen, self.cfg.gate)
-        if decision.promoted:
+        if decide(found, self.anchor_row, found, self.seen, self.cfg.gate).promoted:
             self.anchor_row = found
-        return decision.promoted
+            _copy_weights(student, self.live)
+        else:
+            self.rejected += 1
+            _copy_weights(self.live, student)
 
 
 def _passes_over(rows: int, random: np.random.Generator):  # type: ignore[no-untyped-def]

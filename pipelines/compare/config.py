@@ -23,6 +23,14 @@ class Night:
     """Sleeps per source (or per stretch of a stream without boundaries)."""
     recent: float = 0.5
     """Share of recent experience in a sleeping batch; the rest is replayed."""
+    recent_end: float = -1.0
+    """The same at the end of a night, reached linearly; negative: as at its start."""
+    bank: float = 0.0
+    """Share of every night's FLOPs that is kept for a deep sleep."""
+    deep_every: int = 0
+    """Sources between two deep sleeps; 0: one, when the stream has ended."""
+    deep_recent: float = 0.2
+    """Share of recent experience in a deep sleep."""
     teacher: float = 0.0
     """Weight of the awake model's distribution on recent experience."""
     anchor: float = 0.0
@@ -45,7 +53,8 @@ class Night:
     def __post_init__(self) -> None:
         one_of("wake", self.wake, ("learner", "all", "none"))
         at_least("rounds", self.rounds, 1)
-        for key in ("recent", "teacher", "anchor", "average", "floor", "balance", "dreams"):
+        at_least("deep_every", self.deep_every, 0)
+        for key in ("recent", "bank", "deep_recent", "teacher", "anchor", "average", "floor", "balance", "dreams"):
             share(key, getattr(self, key))
 
 

@@ -16,6 +16,9 @@ from pipelines.config import Config
 from pipelines.setting import Setting, open_setting
 from pipelines.stream import Probe
 
+GATE_SEQUENCES = 4
+"""Held-out sequences per source that gates look at; their FLOPs count like all others."""
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -134,9 +137,13 @@ def _cut(cfg: Config, rows: Segment, names: List[str], sources: List[str]) -> Li
 
 
 def split_probe(probe: Probe) -> Tuple[Probe, Probe]:
-    """Every other sequence of a probe for judging, the rest for gates; a probe of one sequence serves both."""
-    if len(probe.tokens) < 2:
+    """Sequences for judging methods, and `GATE_SEQUENCES` others, spread evenly, for gates; one serves both."""
+    rows = len(probe.tokens)
+    if rows < 2:
         return probe, probe
-    parts = probe.tokens[0::2], probe.tokens[1::2]
-    first, second = (round(probe.bytes * len(part) / len(probe.tokens)) for part in parts)
+    count = min(GATE_SEQUENCES, rows // 2)
+    chosen = np.zeros(rows, bool)
+    chosen[(2 * np.arange(count) + 1) * rows // (2 * count)] = True
+    parts = probe.tokens[~chosen], probe.tokens[chosen]
+    first, second = (round(probe.bytes * len(part) / rows) for part in parts)
     return Probe(probe.source, parts[0], first), Probe(probe.source, parts[1], second)

@@ -42,7 +42,7 @@ class Memory:
     @property
     def bytes(self) -> int:
         """Bytes held."""
-        return self.tokens_NS.size * (1 + self.extra) if len(self) else 0
+        return len(self) * (self.tokens_NS.shape[1] - 1) * (1 + self.extra) if len(self) else 0
 
     def add(
         self,

@@ -34,6 +34,8 @@ from pipelines.sleep import learning_rate
 
 FISHER_SEQUENCES = 64
 """Sequences per boundary that the Fisher diagonal is estimated on."""
+WINDOW_SHARE = 0.25
+"""Share of a bounded memory that holds new text which is read more than once, beside what is replayed."""
 WARM_STEPS = 50
 """Warm-up of a constant step size."""
 
@@ -92,7 +94,6 @@ class PlainTrainer:
         self.kept: Dict[int, Tuple[np.ndarray, np.ndarray]] = {}
         self.seen_segment: Optional[Segment] = None
         self.visited = np.zeros(0, bool)
-        self.holds_window = False
 
     def _optimizer(self) -> torch.optim.Optimizer:
         return build_optimizer([p for p in self.model.parameters() if p.requires_grad], self.optimizer_config)
@@ -112,7 +113,7 @@ class PlainTrainer:
         self.trace.score(self.model, 0)
         if self.method.replay:
             base = self.material.base
-            self._store(base.tokens_NS, base.sources_N, 1.0)
+            self._store(base.tokens_NS, base.sources_N, 1.0 - self._window_share)
         for segment in self.material.segments:
             self._learn(segment)
             self._boundary(segment)
@@ -125,9 +126,7 @@ class PlainTrainer:
         steps = max(0, int(self.credit // self.step_flops))
         self.credit -= steps * self.step_flops
         counts = _new_counts(steps, self.size, self.method.replay)
-        passes = counts.sum() / max(1, rows)
-        window, share = self._window(rows, passes)
-        self.holds_window = passes > 1.0 + 1e-9
+        window = self._window(rows)
         step = 0
         for first in range(0, rows, window):
             last = min(rows, first + window)
@@ -136,15 +135,26 @@ class PlainTrainer:
             for chosen in places:
                 self._step(self._batch(segment, chosen), segment, learning_rate_of(self, step, steps))
                 step += 1
-            self._remember(segment, first, last, 1.0 - share)
+            self._remember(segment, first, last)
         self.position += rows * T
 
-    def _window(self, rows: int, passes: float) -> Tuple[int, float]:
-        """Sequences of the present stretch to hold at a time, and the share of the capacity that they take."""
-        if passes <= 1.0 + 1e-9 or self.memory.capacity == float("inf"):
-            return rows, 0.0
-        share = 0.25 if self.method.replay else 1.0
-        return max(self.size, min(rows, self.memory.rows(self.width, share))), share
+    @property
+    def _passes_again(self) -> bool:
+        """Whether new text is read more than once, and so has to be held for a while."""
+        tokens = self.size * (self.width - 1)
+        return self.epochs * self.meter.full * (1 - self.method.replay) * tokens / self.step_flops > 1 + 1e-9
+
+    @property
+    def _window_share(self) -> float:
+        """Share of a bounded capacity that the present stretch takes."""
+        if not self._passes_again or self.memory.capacity == float("inf"):
+            return 0.0
+        return WINDOW_SHARE if self.method.replay else 1.0
+
+    def _window(self, rows: int) -> int:
+        """Sequences of the present stretch to hold at a time."""
+        share = self._window_share
+        return max(self.size, min(rows, self.memory.rows(self.width, share))) if share else rows
 
     def _batch(self, segment: Segment, places: List[int]) -> Batch:
         number = self.size - len(places)
@@ -211,8 +221,9 @@ class PlainTrainer:
         self.visited[place] = True
         return bool(first)
 
-    def _remember(self, segment: Segment, first: int, last: int, share: float) -> None:
-        window = (last - first) * (self.width - 1) if self.holds_window else 0
+    def _remember(self, segment: Segment, first: int, last: int) -> None:
+        share = 1.0 - self._window_share
+        self.trace.holds(self.memory.bytes + (last - first) * (self.width - 1) * self._passes_again)
         if self.method.replay:
             if self.method.der:
                 there = [p for p in range(first, last) if p in self.kept]
@@ -222,7 +233,7 @@ class PlainTrainer:
             else:
                 self._store(segment.tokens_NS[first:last], segment.sources_N[first:last], share)
         self.kept.clear()
-        self.trace.holds(self.memory.bytes + window)
+        self.trace.holds(self.memory.bytes)
 
     def _store(self, tokens_NS: np.ndarray, sources_N: np.ndarray, share: float) -> None:
         kept = None

@@ -1,0 +1,174 @@
+"""Comparison end to end, on a toy stream: every method runs, spends and keeps what it may, and repeats itself."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any, Dict, List
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from cluster.cli import app
+from pipelines.compare.config import METHODS, REGIMES, Method, Night, Options
+from pipelines.compare.material import Material, load_material, stream_of_folder
+from pipelines.compare.meter import Meter
+from pipelines.compare.runner import Comparison
+from pipelines.compare.trial import Key, Workshop
+from pipelines.config import Config
+from pipelines.load_config import load_config
+
+SOURCES = ("alpha", "beta", "gamma", "delta")
+SMALL = [
+    "model.dim=16",
+    "model.blocks=2",
+    "model.heads=2",
+    "model.context=32",
+    "levels.fast.width=16",
+    "levels.medium.width=16",
+    "levels.slow.width=32",
+    "levels.fast.period=256",
+    "levels.medium.period=512",
+    "levels.slow.period=2048",
+    "wake.batch=4",
+    "sleep.batch=4",
+    "base.tokens=2048",
+    "base.batch=4",
+    "stream.max_source_bytes=8192",
+    "stream.probe_bytes=512",
+    "base.sources=[alpha]",
+    "stream.sources=[beta,gamma,delta]",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """NAME/train.txt and NAME/valid.txt of four sources with words of their own."""
+    root = tmp_path_factory.mktemp("texts")
+    for number, name in enumerate(SOURCES):
+        draw = random.Random(number)
+        words = ["".join(draw.choices("abcdefghijklmnop"[number * 3 : number * 3 + 6], k=4)) for _ in range(20)]
+        for part, size in (("train", 2400), ("valid", 400)):
+            (root / name).mkdir(exist_ok=True)
+            text = "\n".join(" ".join(draw.choices(words, k=8)) for _ in range(size // 8))
+            (root / name / f"{part}.txt").write_text(text)
+    return root
+
+
+@pytest.fixture(scope="module")
+def cfg(folder: Path) -> Config:
+    return load_config("default", [*stream_of_folder([f"stream.path={folder}"]), *SMALL], "micro")
+
+
+@pytest.fixture(scope="module")
+def material(cfg: Config) -> Material:
+    return load_material(cfg, "A")
+
+
+def trial(shop: Workshop, material: Material, method: Method, regime: str = "whole", seed: int = 0) -> Dict[str, Any]:
+    return shop.run(Key("x", method, 2e-3, regime, "A", seed, 2.0, False), material)
+
+
+def test_only_train_and_valid_of_a_folder_are_read(folder: Path, material: Material) -> None:
+    (folder / "alpha" / "notes.txt").write_text("these words are nobody's business\n" * 50)
+    assert material.sources == list(SOURCES)
+    assert [s.name for s in material.segments] == ["beta", "gamma", "delta"]
+    assert material.ends["delta"] == material.stream_tokens
+    judged, gate = material.probes["beta"].tokens, material.gate_probes["beta"].tokens
+    assert not {row.tobytes() for row in judged} & {row.tobytes() for row in gate}
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_spends_the_same_and_stores_no_more_than_it_may(
+    name: str, cfg: Config, material: Material, tmp_path: Path
+) -> None:
+    shop = Workshop(tmp_path, cfg)
+    budget = 2 * Meter.of(cfg, material.vocab_size).full * material.stream_tokens
+    for regime in ("whole", "cap5") if METHODS[name].keeps_data else ("whole",):
+        found = trial(shop, material, METHODS[name], regime)
+        # The small rest is what is too little for one more step.
+        assert 0.93 * budget <= found["flops"]["total"] <= 1.005 * budget, (regime, found["flops"])
+        assert found["stored_bytes"] <= REGIMES[regime] * material.stream_bytes + 4 * 32
+        assert found["mean_final_bpb"] < 8.0 and len(found["matrix"]) >= 2
+        if METHODS[name].family == "circadian":
+            assert found["learner_step"] <= (1.0 if name == "one_frequency" else 0.6)
+
+
+def test_a_trial_repeats_itself_to_the_bit_and_seeds_differ(cfg: Config, material: Material, tmp_path: Path) -> None:
+    first, again = (trial(Workshop(tmp_path / n, cfg), material, METHODS["circadian"]) for n in "ab")
+    other = trial(Workshop(tmp_path / "a", cfg), material, METHODS["circadian"], seed=1)
+    assert first["matrix"] == again["matrix"] and first["online_bpb"] == again["online_bpb"]
+    assert first["matrix"] != other["matrix"]
+
+
+def test_all_start_from_the_same_base(cfg: Config, material: Material, tmp_path: Path) -> None:
+    shop = Workshop(tmp_path, cfg)
+    rows = [trial(shop, material, METHODS[name])["matrix"][0] for name in ("naive", "circadian", "lora")]
+    assert rows[0] == rows[1] == rows[2]
+    assert len(list((tmp_path / "bases").iterdir())) == 1
+    fresh = shop.base(material, 0, scratch=True)
+    assert float(fresh["head.weight"].abs().max()) == 0.0
+
+
+def test_a_night_that_is_rejected_leaves_the_awake_model(cfg: Config, material: Material, tmp_path: Path) -> None:
+    wild = Method("circadian", night=Night(gate=True, recent=1.0))
+    key = Key("wild", wild, 3e-1, "whole", "A", 0, 2.0, False)
+    found = Workshop(tmp_path, cfg).run(key, material)
+    assert found["rejected"] > 0
+    assert max(found["matrix"][-1]) < 12, "what the gate keeps out does no harm"
+
+
+def test_a_comparison_goes_on_where_it_was_cut_off(cfg: Config, tmp_path: Path) -> None:
+    options = Options(methods=("circadian", "naive", "joint"), seeds=(0,), orders=("A", "reverse"), grid=(1e-3, 4e-3))
+    seen: List[str] = []
+    runs: List[int] = []
+
+    class Counted(Workshop):
+        def run(self, key: Key, material: Material) -> Dict[str, Any]:
+            runs.append(1)
+            return super().run(key, material)
+
+    def go() -> Any:
+        comparison = Comparison(cfg, options, tmp_path, lambda what, *_: seen.append(what))
+        comparison.shop = Counted(tmp_path, cfg)
+        planned = comparison.planned()
+        chosen, results = comparison.run()
+        assert comparison.done == planned
+        return chosen, results
+
+    chosen, results = go()
+    count = len(runs)
+    assert count == 7 + 6, "two step sizes each and a variant of naive, then three methods in two orders"
+    assert len(results) == 6 and set(chosen["naive"].lr for _ in [0]) <= {1e-3, 4e-3}
+    again, same = go()
+    assert len(runs) == count and same == results and again == chosen
+
+
+def test_the_command_writes_json_page_and_pictures(folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    out = tmp_path / "compare-toy.json"
+    arguments = ["compare", "default", f"stream.path={folder}", *SMALL, "--methods", "circadian,naive,joint,replay_50"]
+    arguments += ["--seeds", "0,1", "--orders", "A", "--regimes", "whole,cap5", "--grid", "2e-3"]
+    done = CliRunner().invoke(app, [*arguments, "--work", str(tmp_path / "work"), "--out", str(out)])
+    assert done.exit_code == 0, done.output + str(done.exception)
+    outcome = json.loads(out.read_text())
+    assert set(outcome["regimes"]) == {"whole", "cap5"} and outcome["seeds"] == [0, 1] and outcome["orders"] == ["A"]
+    for found in outcome["regimes"].values():
+        for key in ("mean_final_bpb", "forgetting", "learning", "interval", "flops", "stored_bytes"):
+            assert set(found[key]) == {"circadian", "naive", "joint", "replay_50"}, key
+        assert found["against"]["mean_final_bpb"]["naive"]["low"] <= found["against"]["mean_final_bpb"]["naive"]["high"]
+    assert outcome["command"].startswith("circadian")
+    text = out.with_suffix(".md").read_text()
+    assert "| **circadian** |" in text and "5 % of the stream's bytes" in text
+    assert len(list(tmp_path.glob("compare-toy-*.png"))) == 6
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [(["--methods", "magic"], "'magic' is unknown"), (["--seeds", "a"], "no comma-separated list of numbers")],
+)
+def test_a_wrong_option_is_named(folder: Path, option: List[str], said: str) -> None:
+    done = CliRunner().invoke(app, ["compare", "default", f"stream.path={folder}", *SMALL, *option])
+    assert done.exit_code != 0 and said in str(done.exception)

@@ -1,0 +1,166 @@
+"""Comparison: the memory's bound, who is visited when, statistics, names and settings. Seeds are fixed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.compare.config import METHODS, REGIMES, VARIANTS, Method, Night, Options
+from pipelines.compare.material import order_sources
+from pipelines.compare.memory import TOP_BYTES, Memory
+from pipelines.compare.plain import _new_counts, _visits
+from pipelines.compare.pulls import keep_top, top_divergence
+from pipelines.compare.runner import names
+from pipelines.compare.statistics import gap_closed, interval, paired, slope
+from pipelines.probe import Row, read_matrix
+
+REQUIRED = [
+    "circadian",
+    "naive",
+    "joint",
+    "replay_5",
+    "replay_25",
+    "replay_50",
+    "replay_tuned",
+    "der",
+    "ewc",
+    "lwf",
+    "ema",
+    "mer",
+    "lora",
+    "one_frequency",
+    "sleep_as_replay",
+]
+
+
+def rows(number: int, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    tokens = np.arange(start, start + number)[:, None] * np.ones((1, 5), np.int64)
+    return tokens, np.arange(start, start + number) % 3
+
+
+def test_every_method_of_the_field_is_there() -> None:
+    assert set(REQUIRED) <= set(METHODS)
+    for name, variants in VARIANTS.items():
+        assert METHODS[name] == next(iter(variants.values())), f"tuning of {name} must start from the method itself"
+
+
+@given(st.integers(1, 40), st.lists(st.integers(0, 30), max_size=6), st.integers(0, 8))
+@settings(max_examples=60, deadline=None)
+def test_the_memory_never_holds_more_than_its_bytes(limit: int, offers: list[int], extra: int) -> None:
+    memory = Memory(limit * 4 * (1 + extra), extra, seed=1)
+    start = 0
+    for number in offers:
+        memory.add(*rows(number, start))
+        start += number
+        assert len(memory) == min(limit, start)
+        assert len(memory) * 4 * (1 + extra) <= memory.capacity
+        assert set(memory.tokens_NS[:, 0].tolist() if len(memory) else []) <= set(range(start))
+
+
+def test_every_sequence_stays_with_equal_chance() -> None:
+    counts = np.zeros(40)
+    for seed in range(600):
+        memory = Memory(10 * 4, 0, seed)
+        memory.add(*rows(25))
+        memory.add(*rows(15, 25))
+        counts[memory.tokens_NS[:, 0]] += 1
+    # 600 draws of 10 out of 40: mean 150, standard deviation about 10.6.
+    assert counts.sum() == 6000 and abs(counts - 150).max() < 5 * 10.6
+
+
+def test_stored_log_probabilities_stay_beside_their_sequence() -> None:
+    memory = Memory(12 * 4 * (1 + TOP_BYTES), TOP_BYTES, seed=3)
+    tokens, sources = rows(50)
+    kept = np.repeat(tokens[:, 1:, None], 1, axis=2)
+    memory.add(tokens, sources, kept=(kept, kept.astype(np.float16)))
+    assert memory.ids_NTK is not None and len(memory) == 12
+    np.testing.assert_array_equal(memory.ids_NTK[:, :, 0], memory.tokens_NS[:, 1:])
+    np.testing.assert_array_equal(memory.sources_N, memory.tokens_NS[:, 0] % 3)
+
+
+def test_balance_draws_sources_equally() -> None:
+    memory = Memory(float("inf"), 0, seed=0)
+    memory.add(np.zeros((90, 5), np.int64), np.zeros(90, int))
+    memory.add(np.zeros((10, 5), np.int64), np.ones(10, int))
+    plain, even = (memory.sources_N[memory.draw(4000, balance)].mean() for balance in (0.0, 1.0))
+    assert plain == pytest.approx(0.1, abs=0.03) and even == pytest.approx(0.5, abs=0.04)
+
+
+@given(st.integers(1, 60), st.floats(0, 0.95), st.integers(1, 30))
+@settings(max_examples=80, deadline=None)
+def test_replay_takes_its_share_and_new_text_is_read_in_order(steps: int, replay: float, total: int) -> None:
+    counts = _new_counts(steps, 8, replay)
+    assert abs((8 * steps - counts.sum()) - 8 * steps * replay) <= 1
+    visits = _visits(5, 5 + total, counts)
+    flat = [place for part in visits for place in part]
+    assert [len(part) for part in visits] == counts.tolist()
+    assert all(5 <= place < 5 + total for place in flat)
+    first = list(dict.fromkeys(flat))
+    assert first == sorted(first), "a pass reads the stretch in stream order"
+    if len(flat) >= total:
+        assert first == list(range(5, 5 + total)), "every sequence is visited before any is visited twice"
+
+
+def test_kept_log_probabilities_bound_the_divergence_from_below() -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 3, 50), torch.randn(2, 3, 50)
+    full = (teacher.softmax(-1) * (teacher.log_softmax(-1) - student.log_softmax(-1))).sum(-1)
+    few, many = (top_divergence(student, *keep_top(teacher, k)) for k in (4, 40))
+    assert (few <= full + 5e-3).all() and (many <= full + 5e-3).all()
+    assert (few >= -5e-3).all() and float(many.mean()) > float(few.mean())
+    assert float(top_divergence(teacher, *keep_top(teacher, 8)).abs().max()) < 5e-3
+
+
+def test_intervals_cover_and_pairs_cancel_what_they_share() -> None:
+    draw = np.random.default_rng(0)
+    hits = sum(low <= 0 <= high for low, high in (interval(draw.normal(size=12).tolist()) for _ in range(200)))
+    assert 165 <= hits <= 200  # a percentile bootstrap of 12 values covers a little less than 95 %
+    common = draw.normal(size=6) * 10
+    found = paired((common - 0.1).tolist(), common.tolist())
+    assert found["mean"] == pytest.approx(-0.1) and found["high"] == pytest.approx(-0.1)
+    assert gap_closed([3.0], [5.0], [2.5]) == pytest.approx(0.8)
+    assert slope([1.0, 2.0, 3.0, 4.0])["slope"] == pytest.approx(1.0)
+
+
+def test_orders_are_permutations_and_unknown_ones_are_named() -> None:
+    sources = ["a", "b", "c", "d"]
+    assert order_sources(sources, "A") == sources and order_sources(sources, "reverse") == sources[::-1]
+    assert sorted(order_sources(sources, "random-1")) == sources
+    with pytest.raises(ValueError, match=r"'B' is unknown; use A, reverse, or random-N"):
+        order_sources(sources, "B")
+
+
+def test_methods_are_named_singly_in_families_and_all_together() -> None:
+    assert list(names("replay_*")) == [n for n in METHODS if n.startswith("replay_")]
+    assert set(names("all")) == set(METHODS)
+    with pytest.raises(ValueError, match="'replay' is unknown; use all, or some of circadian"):
+        list(names("naive,replay"))
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (lambda: Options(seeds=(0, 1000)), "contain the tuning seed 1000"),
+        (lambda: Options(regimes=("half",)), "--regimes='half' is unknown"),
+        (lambda: Options(grid=()), "--grid is empty"),
+        (lambda: Method(replay=1.5), "replay=1.5 must lie between 0 and 1"),
+        (lambda: Night(wake="some"), "wake='some' is unknown"),
+        (lambda: Night(rounds=0), "rounds=0 must be at least 1"),
+    ],
+)
+def test_wrong_settings_are_named(build: object, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        build()  # type: ignore[operator]
+
+
+def test_regimes_are_shares_of_the_stream() -> None:
+    assert {"whole": float("inf"), "cap5": 0.05, "cap1": 0.01} == REGIMES
+
+
+def test_a_matrix_without_a_base_has_no_forgetting_of_it() -> None:
+    rows_ = [Row(0, 0, {"a": 8.0, "b": 8.0}), Row(1, 10, {"a": 3.0, "b": 7.0}), Row(2, 20, {"a": 4.0, "b": 3.0})]
+    figures = read_matrix(rows_, {"a": 10, "b": 20}, ["a", "b"], 0)
+    assert figures["forgetting"] == pytest.approx(1.0) and figures["learning"] == pytest.approx(3.0)
