@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nl_model.losses import distillation, forward_kl, token_nll
+from nl_model.distillation import Guide, distillation, divergence, top_k
+from nl_model.losses import token_nll
 from nl_model.model import NestedLM
 from pipelines.experience import KINDS, Sampler, Snapshot, build_sampler
 from pipelines.sleep_config import SleepConfig
