@@ -1,4 +1,4 @@
-"""Distillation: divergences of a student from a guide, and the mixture with true tokens that a sleeping student minimises.
+"""Distillation: divergences of a student from a guide, and the mixture with true tokens that a student minimises.
 
 A guide gives its logits, or the k most likely tokens of every position and the mass of all others (`TopK`). The tail
 then is one bucket for both sides: divergences of the two coarser distributions are divergences still, zero where they

@@ -63,7 +63,7 @@ class SleepConfig:
     mixing: str = "constant"
     """How both weights run over a round: constant, linear (down to 0 at its last step), or cosine (the same, round)."""
     divergence: str = "forward_kl"
-    """From a guide: forward_kl, reverse_kl, jsd, or topk (forward_kl on the guide's sleep.top_k tokens and the rest)."""
+    """From a guide: forward_kl, reverse_kl, jsd, or topk (forward_kl on the guide's sleep.top_k tokens and a tail)."""
     jsd_beta: float = 0.5
     """Weight of the guide in the mixture that jsd measures from: near 0 like forward_kl, near 1 like reverse_kl."""
     top_k: int = 32
