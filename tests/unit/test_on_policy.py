@@ -98,7 +98,7 @@ def test_speaking_follows_the_model(models: List[NestedLM]) -> None:
 def test_a_sharp_model_says_what_generation_says(models: List[NestedLM]) -> None:
     model = models[0]
     with torch.no_grad():
-        model.head.weight.mul_(300.0)
+        model.head.weight.mul_(1e7)
     said = speak(model, prompts(), uniforms(3, 8, KEYS, N, STUDENT))
     assert torch.equal(said.sequences_BS, complete(model, prompts(), N, SamplingConfig(temperature=0.0)))
 
@@ -140,7 +140,7 @@ def edit_distance(a: Sequence[int], b: Sequence[int]) -> int:
 @given(
     pairs=st.integers(0, 7).flatmap(lambda n: st.integers(0, 7).flatmap(lambda m: st.lists(_pair(n, m), max_size=4)))
 )
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 def test_levenshtein_is_the_edit_distance_of_every_row(pairs: List[Tuple[List[int], List[int]]]) -> None:
     if not pairs:
         return
@@ -218,7 +218,7 @@ def test_the_loss_is_the_formula(models: List[NestedLM]) -> None:
 
 
 def test_the_reward_reaches_the_student_as_its_true_gradient() -> None:
-    """The expected gradient over every text of two tokens, weighed by its probability, is that of the expected reward."""
+    """The expected gradient, over every text of two tokens by its probability, is that of the expected reward."""
     size, count = 4, 2
     logits = torch.randn(count, size, generator=torch.Generator().manual_seed(2), dtype=torch.float64).requires_grad_()
     said = torch.tensor(list(itertools.product(range(size), repeat=count)))
