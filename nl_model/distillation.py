@@ -103,14 +103,14 @@ def _wide(logits: Tensor) -> Tensor:
 def _value_and_gradient(
     log_q_TC: Tensor, log_p_TC: Tensor, kind: str, beta: float, wanted: bool
 ) -> Tuple[Tensor, Optional[Tensor]]:
-    """Divergence (T,) and, if wanted, its gradient (T, C) by the logits of Q; may overwrite `log_p_TC`.
+    """Divergence (T,) and, if wanted, its gradient (T, C) by the logits of Q; may overwrite both inputs.
 
     With G = dD/dQ the gradient by logits is Q (G - sum_c Q_c G_c).
     """
     if kind == "forward_kl":
         p_TC = log_p_TC.exp()
         value_T = torch.linalg.vecdot(p_TC, log_p_TC.sub_(log_q_TC))
-        return value_T, torch.exp(log_q_TC).sub_(p_TC) if wanted else None
+        return value_T, log_q_TC.exp_().sub_(p_TC) if wanted else None
     q_TC = log_q_TC.exp()
     if kind == "reverse_kl":  # G = log Q/P + 1
         ratio_TC = torch.sub(log_q_TC, log_p_TC, out=log_p_TC)
