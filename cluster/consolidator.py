@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional, Protocol, Tuple
 
+import numpy as np
 import ray
 import torch
 from torch import Tensor
@@ -22,9 +23,11 @@ from nl_model.weights import load_into, load_tensors
 from pipelines.base import BaseBatches, base_sequences, base_steps
 from pipelines.config import Config
 from pipelines.experience import Snapshot
+from pipelines.guides import StoredGuides, write_guides
+from pipelines.lesson import Lesson
 from pipelines.probe import score
 from pipelines.setting import open_setting
-from pipelines.sleep import RoundBatches, RoundPlan, guide_logits, learning_rate, sleep_loss
+from pipelines.sleep import RoundBatches, RoundPlan, learning_rate
 
 
 class Batches(Protocol):
@@ -32,6 +35,9 @@ class Batches(Protocol):
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Tuple[Tensor, Tensor]:
         """One rank's share of a step: tokens (B / world, S), recent mask (B / world,)."""
+
+    def keys(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
+        """Keys (B / world,) of the same."""
 
 
 @dataclass
@@ -50,7 +56,7 @@ class RankResult:
     """The same of the awake model that the student started from."""
     optimizer_bytes: int = 0
     flops: float = 0.0
-    """FLOPs of this rank, teacher and anchor passes included."""
+    """FLOPs of this rank, passes of guides and of whoever spoke included."""
 
 
 class ConsolidationWorker:
@@ -106,7 +112,8 @@ class ConsolidationWorker:
         size = cfg.base.batch * cfg.pool.ranks
         batches = BaseBatches(sequences, size, cfg.run.seed)
         optimizer = OptimizerConfig(lr=cfg.base.lr)
-        result, weights = self._train(model, batches, base_steps(cfg), size, optimizer, None, None, neutral)
+        lesson = Lesson(cfg.sleep, base_steps(cfg), cfg.run.seed, model)
+        result, weights = self._train(lesson, batches, size, optimizer, neutral)
         tensors = {f"weight/{n}": t for n, t in weights.items()}
         tensors.update({f"offset/{n}": torch.zeros_like(weights[n]) for n in neutral})
         result.shard = write_shard(Path(directory), self.rank, self.world, self._share(tensors))
@@ -131,7 +138,10 @@ class ConsolidationWorker:
             load_into(model, {**weights, **{n: u + offset[n] for n, u in unshifted.items()}})
         batches = RoundBatches(snapshot, plan, cfg.sleep)
         teacher, old = awake if cfg.sleep.teacher else None, anchor if cfg.sleep.anchor else None
-        result, trained = self._train(student, batches, plan.steps, cfg.sleep.batch, cfg.sleep.optimizer, teacher, old)
+        lesson = Lesson(cfg.sleep, plan.steps, plan.seed, student, teacher, old)
+        if teacher is not None and cfg.sleep.guide == "stored":
+            lesson.stored, lesson.passed = self._store_guides(Path(directory), batches.visited(plan.steps), teacher)
+        result, trained = self._train(lesson, batches, cfg.sleep.batch, cfg.sleep.optimizer)
         tensors = {f"weight/{n}": t for n, t in trained.items()}
         tensors.update({f"offset/{n}": trained[n] - u for n, u in unshifted.items()})
         result.shard = write_shard(Path(directory), self.rank, self.world, self._share(tensors))
@@ -165,42 +175,49 @@ class ConsolidationWorker:
 
     def _train(
         self,
-        student: NestedLM,
+        lesson: Lesson,
         batches: Batches,
-        steps: int,
         batch: int,
         optimizer: OptimizerConfig,
-        teacher: Optional[NestedLM],
-        anchor: Optional[NestedLM],
         frozen: Iterable[str] = (),
     ) -> Tuple[RankResult, Dict[str, Tensor]]:
         """Train the student and return this rank's result and the full weights."""
         from cluster.engine import StudentEngine  # noqa: PLC0415
 
-        cfg, start = self.cfg, time.perf_counter()
-        engine = StudentEngine(student, optimizer, cfg.pool.zero_stage, batch // self.world, frozen)
+        cfg, steps, start = self.cfg, lesson.steps, time.perf_counter()
+        engine = StudentEngine(lesson.student, optimizer, cfg.pool.zero_stage, batch // self.world, frozen)
         result = RankResult(self.rank, Shard("", "", []), steps, 0.0)
         sums: Dict[str, List[float]] = {}
         for step in range(steps):
             tokens, recent = (t.to(self.device) for t in batches.batch(step, self.rank, self.world))
             with autocast(self.device, cfg.compute.precision):
-                guides = guide_logits(teacher, anchor, tokens, recent)
-                loss, parts = sleep_loss(engine(tokens[:, :-1]), tokens, recent, guides, cfg.sleep)
+                keys = batches.keys(step, self.rank, self.world)
+                loss, parts = lesson.loss(step, engine, tokens, recent, keys)
             engine.step(loss, learning_rate(optimizer.lr, step, steps))
-            result.flops += self._flops(tokens, recent, teacher is not None, anchor is not None)
             self.done = (step + 1, steps, float(loss.detach()))
             if step >= steps - max(1, steps // 5):
                 for name, value in {"total": loss.detach(), **parts}.items():
                     sums.setdefault(name, []).append(float(value))
         result.loss = {name: sum(values) / len(values) for name, values in sums.items()}
+        result.flops = self._flops(lesson)
         result.optimizer_bytes = engine.optimizer_bytes()
         weights = dict(engine.weights())
         engine.close()
         result.seconds = time.perf_counter() - start
         return result, weights
 
-    def _flops(self, tokens: Tensor, recent: Tensor, teacher: bool, anchor: bool) -> float:
+    def _flops(self, lesson: Lesson) -> float:
         shape = (self.cfg.model, self.cfg.levels, self.setting.tokenizer.vocab_size)
-        guided = int(recent.sum()) * teacher + int((~recent).sum()) * anchor
-        context = tokens.size(1) - 1
-        return float(context * (len(tokens) * full_step_flops(*shape) + guided * forward_flops(*shape)))
+        return float(lesson.trained * full_step_flops(*shape) + lesson.passed * forward_flops(*shape))
+
+    def _store_guides(self, directory: Path, rows: np.ndarray, teacher: NestedLM) -> Tuple[StoredGuides, int]:
+        """Write this rank's share of the teacher's guides; returns those of all ranks, and the tokens read for it."""
+        assert self.snapshot is not None
+        paths = [directory / f"guides-{rank:05d}.arrow" for rank in range(self.world)]
+        mine, precision = rows[self.rank :: self.world], self.cfg.compute.precision
+        tokens = write_guides(paths[self.rank], teacher, self.snapshot, mine, self.cfg.sleep.top_k, precision)
+        torch.distributed.barrier()
+        stored = StoredGuides(paths)
+        torch.distributed.barrier()
+        paths[self.rank].unlink()  # what is mapped stays readable; the candidate keeps nothing of it
+        return stored, tokens

@@ -286,5 +286,6 @@ class Config:
                 )
         if self.sleep.batch % self.pool.ranks:
             raise ValueError(f"sleep.batch={self.sleep.batch} must be a multiple of pool.ranks={self.pool.ranks}")
+        self.sleep.check_on_policy(self.model.context, self.pool.zero_stage)
         if self.base.checkpoint is None and self.base.tokens == 0 and self.base.sources:
             raise ValueError("base.tokens=0 leaves base.sources unused; drop them or give base.tokens")

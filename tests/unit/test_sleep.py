@@ -16,7 +16,7 @@ from torch import Tensor
 from nl_model.config import LevelConfig
 from nl_model.model import NestedLM
 from pipelines.experience import ExperienceStore, Record, Snapshot
-from pipelines.sleep import RoundBatches, RoundPlan, guide_logits, learning_rate, num_steps, sleep_loss
+from pipelines.sleep import RoundBatches, RoundPlan, guide_logits, learning_rate, mixing, num_steps, sleep_loss
 from pipelines.sleep_config import SleepConfig
 
 CONTEXT, BASE, STREAMED = 16, 9, 40
@@ -175,6 +175,28 @@ def test_the_learning_rate_warms_up_and_falls_to_its_floor() -> None:
     assert 0.4 * 0.05 < rates[-1] < 0.4 * 0.052
     assert learning_rate(0.4, 0, 1) == 0.4
     assert all(0 < learning_rate(1.0, step, n) <= 1.0 for n in range(1, 12) for step in range(n))
+
+
+@pytest.mark.parametrize(("kind", "half"), [("constant", 1.0), ("linear", 0.5), ("cosine", 0.5)])
+def test_the_weight_of_the_guides_runs_from_1_to_its_end(kind: str, half: float) -> None:
+    factors = [mixing(kind, step, 101) for step in range(101)]
+    assert factors[0] == 1.0 and factors[50] == pytest.approx(half)
+    assert factors[100] == pytest.approx(1.0 if kind == "constant" else 0.0, abs=1e-12)
+    assert all(a >= b for a, b in itertools.pairwise(factors))
+    assert mixing(kind, 0, 1) == 1.0
+    if kind == "cosine":
+        assert factors[10] > mixing("linear", 10, 101)
+
+
+def test_what_a_round_reads_is_known_before(snapshot: Snapshot) -> None:
+    batches = RoundBatches(snapshot, plan(), CFG)
+    for steps in (1, 2, 3, 9):
+        read = {row for step in range(steps) for row in batches.rows(step)[0][:4].tolist()}
+        assert batches.visited(steps).tolist() == sorted(read)
+    assert len(RoundBatches(snapshot, plan(), replace(CFG, recent=0.0)).visited(5)) == 0
+    whole = batches.keys(3)
+    assert whole.tolist() == [key for part in keys(batches, 3) for key in part]
+    assert batches.keys(3, 1, 4).tolist() == whole[1::4].tolist()
 
 
 Models = Tuple[NestedLM, NestedLM, NestedLM]
