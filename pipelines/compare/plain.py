@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nl_model.losses import forward_kl, token_nll
+from nl_model.distillation import forward_kl
+from nl_model.losses import token_nll
 from nl_model.optim.levelwise import build_optimizer
 from pipelines.compare.config import Method
 from pipelines.compare.material import Material, Segment

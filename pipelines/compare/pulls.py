@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nl_model.distillation import TopK, forward_kl, top_k
 from nl_model.model import NestedLM
 
 
@@ -109,18 +110,16 @@ def adapt(model: NestedLM, rank: int, generator: torch.Generator) -> List[Adapte
 
 
 def keep_top(logits_BTV: Tensor, top: int) -> Tuple[Tensor, Tensor]:
-    """Ids int16 and float16 log-probabilities (B, T, K) of the likeliest tokens."""
-    logs_BTV = F.log_softmax(logits_BTV.detach().float(), dim=-1)
-    logs_BTK, ids_BTK = logs_BTV.topk(top, dim=-1)
-    return ids_BTK.to(torch.int16), logs_BTK.half()
+    """Ids int16 and float16 log-probabilities (B, T, K) of the likeliest tokens: what is stored of a distribution."""
+    kept = top_k(logits_BTV, top)
+    return kept.ids_TK.to(torch.int16), kept.log_p_TK.half()
 
 
 def top_divergence(logits_BTV: Tensor, ids_BTK: Tensor, logs_BTK: Tensor) -> Tensor:
-    """KL(kept || student) per token (B, T), everything outside the kept ids being one bucket."""
-    mine_BTK = F.log_softmax(logits_BTV.float(), dim=-1).gather(-1, ids_BTK.long())
-    kept_BTK = logs_BTK.float()
-    rest, my_rest = ((1.0 - logs.exp().sum(-1)).clamp_min(1e-6).log() for logs in (kept_BTK, mine_BTK))
-    return (kept_BTK.exp() * (kept_BTK - mine_BTK)).sum(-1) + rest.exp() * (rest - my_rest)
+    """KL(stored || student) per token (B, T), everything outside the stored ids being one bucket."""
+    logs_BTK = logs_BTK.float()
+    tail_BT = torch.log1p(-logs_BTK.exp().sum(-1).clamp_max(1.0 - 1e-6))
+    return forward_kl(logits_BTV, TopK(ids_BTK.long(), logs_BTK, tail_BT))
 
 
 def frozen_copy(model: NestedLM) -> NestedLM:
