@@ -25,6 +25,7 @@ from pipelines.experience import Snapshot
 from pipelines.probe import score
 from pipelines.setting import open_setting
 from pipelines.sleep import RoundBatches, RoundPlan, guide_logits, learning_rate, sleep_loss
+from pipelines.student import expand, folded, receivers_due, student_step_flops
 
 
 class Batches(Protocol):
@@ -103,6 +104,7 @@ class ConsolidationWorker:
         sequences = base_sequences(self.setting.corpus, self.setting.tokenizer, cfg, self.setting.base_sources)
         model = self._model().reset_parameters(cfg.run.seed)
         neutral = model.owned_by("learner")
+        self.step_flops = full_step_flops(cfg.model, cfg.levels, self.setting.tokenizer.vocab_size)
         size = cfg.base.batch * cfg.pool.ranks
         batches = BaseBatches(sequences, size, cfg.run.seed)
         optimizer = OptimizerConfig(lr=cfg.base.lr)
@@ -130,8 +132,17 @@ class ConsolidationWorker:
         for model in (student, awake):
             load_into(model, {**weights, **{n: u + offset[n] for n, u in unshifted.items()}})
         batches = RoundBatches(snapshot, plan, cfg.sleep)
+        receivers = receivers_due(cfg.levels, plan.first_key * cfg.model.context, plan.tokens)
+        expansion = expand(student, receivers, cfg.sleep, plan.seed)
         teacher, old = awake if cfg.sleep.teacher else None, anchor if cfg.sleep.anchor else None
-        result, trained = self._train(student, batches, plan.steps, cfg.sleep.batch, cfg.sleep.optimizer, teacher, old)
+        self.step_flops = student_step_flops(student, expansion, cfg.sleep)
+        result, trained = self._train(
+            student, batches, plan.steps, cfg.sleep.batch, cfg.sleep.optimizer, teacher, old, expansion.frozen
+        )
+        if cfg.sleep.mode == "slots":
+            plain, tokens = self._model(), batches.batch(0)[0][:, :-1].to(self.device)
+            result.loss["fold"] = folded(plain, trained, expansion, cfg.sleep, plan.seed, tokens).divergence or 0.0
+            trained = {name: p.detach().cpu() for name, p in plain.named_parameters()}
         tensors = {f"weight/{n}": t for n, t in trained.items()}
         tensors.update({f"offset/{n}": trained[n] - u for n, u in unshifted.items()})
         result.shard = write_shard(Path(directory), self.rank, self.world, self._share(tensors))
@@ -203,4 +214,4 @@ class ConsolidationWorker:
         shape = (self.cfg.model, self.cfg.levels, self.setting.tokenizer.vocab_size)
         guided = int(recent.sum()) * teacher + int((~recent).sum()) * anchor
         context = tokens.size(1) - 1
-        return float(context * (len(tokens) * full_step_flops(*shape) + guided * forward_flops(*shape)))
+        return float(context * (len(tokens) * self.step_flops + guided * forward_flops(*shape)))
