@@ -5,9 +5,9 @@ logits are the old one's, and from the first write on gradient reaches everythin
 
 * wider MLPs: more hidden units, and levels that were not there before;
 * more blocks, which begin as the identity, spread evenly among the old ones;
-* a wider residual stream x (attention only, heads of the same width): x' = [x / s, 0] with s = sqrt(D / D'). The norm
-  divides by the root mean square, so that norm(x') = [norm(x) / s, 0]: what reads the stream is multiplied by s, what
-  writes to it divided by s. The norm's epsilon does not scale along, an error of its own size.
+* a wider residual stream x (attention only, heads of the same width): x' = [x / s, 0] with s = sqrt(D / D') has the
+  same root mean square, so that norm(x') = [norm(x) / s, 0]: what reads the stream is multiplied by s, what writes to
+  it divided by s, and only rounding differs.
 
 Shapes: D model width, W MLP width, V vocabulary, H heads, K width of a head, L levels of a block.
 """
@@ -15,7 +15,7 @@ Shapes: D model width, W MLP width, V vocabulary, H heads, K width of a head, L 
 from __future__ import annotations
 
 import math
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Dict, List, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -132,18 +132,14 @@ def _open_residual(grown: Dict[str, Tensor], dim: int, seed: int) -> None:
 def _overlay(name: str, new: Tensor, old: Tensor, cfg: ModelConfig, new_cfg: ModelConfig) -> None:
     """Put an old parameter into the corner of a new one, scaled as the residual stream asks for."""
     scale = math.sqrt(cfg.dim / new_cfg.dim)
-    if new_cfg.dim == cfg.dim:
-        scale = 1.0
     if name.endswith("mixer.qkv.weight"):
         width = cfg.dim // cfg.heads
         corner = new.view(3, new_cfg.heads, width, new_cfg.dim)[:, : cfg.heads, :, : cfg.dim]
         corner.copy_(scale * old.view(3, cfg.heads, width, cfg.dim))
     elif name.endswith(("up.weight", "head.weight")):
         new[: old.size(0), : old.size(1)] = scale * old
-    elif name.endswith(("down.weight", "mixer.out.weight")):
+    elif name.endswith(("down.weight", "mixer.out.weight", "embedding.weight")):
         new[: old.size(0), : old.size(1)] = old / scale
-    elif name == "embedding.weight":
-        new[:, : old.size(1)] = old
     else:
         new.copy_(old)
 

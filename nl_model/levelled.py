@@ -14,7 +14,7 @@ from nl_model.losses import token_nll
 
 
 def is_slot(parameter: str) -> bool:
-    """Whether a parameter belongs to an expert slot of an MLP (nl_model.slots): its level owns it, only sleep writes it."""
+    """Whether a parameter belongs to an expert slot of an MLP (nl_model.slots), which only sleep writes."""
     return "slots" in parameter.split(".")[4:]
 
 

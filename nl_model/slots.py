@@ -5,9 +5,9 @@ of the MLP's two matrices, inside of its nonlinearity:
 
     h = sqrelu(W_up x + sum_s g_s B_s A_s x),    y = W_down h + sum_s g_s B'_s A'_s h
 
-so that a slot whose gate g_s is constant can be folded exactly: W <- W + g_s B_s A_s, up to rounding. With top_k = 0 the
-gate of every active slot is 1, and folding is exact. With a router (top_k > 0) the gate depends on the token; folding
-then takes the constant that is nearest in the least-squares sense on given tokens, and reports what that costs.
+so that a slot whose gate g_s is constant can be folded exactly: W <- W + g_s B_s A_s, up to rounding. With top_k = 0
+the gate of every active slot is 1, and folding is exact. With a router (top_k > 0) the gate depends on the token;
+folding then takes the constant that is nearest in the least-squares sense on given tokens, and reports what that costs.
 
 Shapes: B batch, T tokens, S slots, D model width, W MLP width, R rank, I inputs, O outputs, V vocabulary.
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +115,13 @@ class SlottedMLP(LevelMLP):
             y_BTD = y_BTD + slot.down(h_BTW, gate)  # type: ignore[operator]
         return y_BTD
 
+    def plain(self) -> LevelMLP:
+        """The MLP without its slots; it shares the matrices."""
+        mlp = LevelMLP.__new__(LevelMLP)
+        nn.Module.__init__(mlp)
+        mlp.up, mlp.down = self.up, self.down
+        return mlp
+
     def gates(self, x_BTD: Tensor) -> Sequence[Tensor]:
         """One gate per slot: a number where there is no router, (B, T, 1) where there is.
 
@@ -158,31 +165,31 @@ def add_slots(model: NestedLM, levels: Iterable[str], cfg: SlotConfig) -> Nested
             raise ValueError(f"level {level!r} cannot get slots; the model's levels are {', '.join(model.level_names)}")
         if slotted(model, level):
             raise ValueError(f"level {level!r} has slots already; fold and remove them first")
-        for block in model.blocks:
-            if level in block.levels:  # type: ignore[operator]
-                block.levels[level] = SlottedMLP(block.levels[level], cfg)  # type: ignore[index,operator]
+        for mlps in _mlps(model):
+            if level in mlps:
+                mlps[level] = SlottedMLP(cast(LevelMLP, mlps[level]), cfg)
     return model
 
 
 def remove_slots(model: NestedLM) -> NestedLM:
     """Take all slots out again, in place. They must be inactive (folded or reset)."""
-    for level in model.level_names:
-        for mlp in slotted(model, level).values():
-            assert not bool(mlp.active_S.any()), f"a slot of level {level} is active: fold or reset it first"
-        for block in model.blocks:
-            if level in block.levels and isinstance(block.levels[level], SlottedMLP):  # type: ignore[operator,index]
-                plain = LevelMLP.__new__(LevelMLP)
-                nn.Module.__init__(plain)
-                plain.up, plain.down = block.levels[level].up, block.levels[level].down  # type: ignore[index]
-                block.levels[level] = plain  # type: ignore[operator]
+    for mlps in _mlps(model):
+        for level, mlp in mlps.items():
+            if isinstance(mlp, SlottedMLP):
+                assert not bool(mlp.active_S.any()), f"a slot of level {level} is active: fold or reset it first"
+                mlps[level] = mlp.plain()
     return model
 
 
 def slotted(model: NestedLM, level: str) -> Dict[str, SlottedMLP]:
     """A level's MLPs that have slots, by name, lowest block first."""
-    named = {f"blocks.{i}.levels.{level}": block.levels for i, block in enumerate(model.blocks)}
-    found = {name: mlps[level] for name, mlps in named.items() if level in mlps}  # type: ignore[operator,index]
+    found = {f"blocks.{i}.levels.{level}": mlps[level] for i, mlps in enumerate(_mlps(model)) if level in mlps}
     return {name: mlp for name, mlp in found.items() if isinstance(mlp, SlottedMLP)}
+
+
+def _mlps(model: NestedLM) -> List[nn.ModuleDict]:
+    """Every block's MLPs by level."""
+    return [cast(nn.ModuleDict, block.levels) for block in model.blocks]
 
 
 def slot_parameters(model: NestedLM, level: str, index: int) -> List[str]:
