@@ -16,6 +16,7 @@ from nl_model.model import LevelMLP, NestedLM
 from nl_model.online import OnlineLevels
 from nl_model.slots import (
     LowRank,
+    Slot,
     SlotConfig,
     activate,
     active_slots,
@@ -179,7 +180,7 @@ def test_folding_without_a_router_is_exact(build: Callable[..., NestedLM], dtype
     assert active_slots(model, "slow") == [] and set(report.gates.values()) == {1.0} and len(report.gates) == 12
     assert report.largest is not None and report.largest < close
     folded = remove_slots(model)
-    assert type(folded.blocks[0].levels["slow"]) is LevelMLP  # type: ignore[index,union-attr]
+    assert type(folded.blocks[0].levels["slow"]) is LevelMLP  # type: ignore[index]
     assert float((folded(tokens()) - before).detach().abs().max()) < close
     assert float((folded(tokens(9)) - add_slots(folded, ["slow"], SlotConfig())(tokens(9))).detach().abs().max()) == 0.0
 
@@ -197,11 +198,8 @@ def test_folding_routed_slots_reports_what_it_costs(build: Callable[..., NestedL
     assert report.largest == pytest.approx(float((after - before).abs().max()), rel=1e-12)
     log_before, log_after = before.log_softmax(-1), after.log_softmax(-1)
     divergence = (log_before.exp() * (log_before - log_after)).sum(-1).mean()
-    assert (
-        report.divergence is not None
-        and report.divergence == pytest.approx(float(divergence), rel=1e-9)
-        and report.divergence > 1e-6
-    )
+    assert report.divergence is not None and report.divergence > 1e-6
+    assert report.divergence == pytest.approx(float(divergence), rel=1e-9)
     assert all(0 <= gate <= 1 for gate in report.gates.values()) and len(set(report.gates.values())) > 2
 
 
@@ -247,7 +245,8 @@ def test_a_router_fires_the_best_slots_only(build: Callable[..., NestedLM], top_
     mlp = slotted(model, "slow")["blocks.0.levels.slow"]
     x_BTD = torch.randn(4, 9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     gates_BTS = torch.cat(list(mlp.gates(x_BTD)), -1).detach()
-    score_BTS = torch.cat([slot.router(x_BTD) for slot in mlp.slots], -1).detach()
+    routers = [slot.router for slot in mlp.slots if isinstance(slot, Slot) and slot.router is not None]
+    score_BTS = torch.cat([router(x_BTD) for router in routers], -1).detach()
     assert not gates_BTS[..., 3].any(), "an inactive slot never fires"
     fired = set()
     for gates_S, score_S in zip(gates_BTS.flatten(0, 1), score_BTS.flatten(0, 1)[:, :3], strict=True):
