@@ -28,6 +28,7 @@ from pipelines.lesson import Lesson
 from pipelines.probe import score
 from pipelines.setting import open_setting
 from pipelines.sleep import RoundBatches, RoundPlan, learning_rate
+from pipelines.student import expand, folded, receivers_due, student_step_flops
 
 
 class Batches(Protocol):
@@ -109,6 +110,7 @@ class ConsolidationWorker:
         sequences = base_sequences(self.setting.corpus, self.setting.tokenizer, cfg, self.setting.base_sources)
         model = self._model().reset_parameters(cfg.run.seed)
         neutral = model.owned_by("learner")
+        self.step_flops = full_step_flops(cfg.model, cfg.levels, self.setting.tokenizer.vocab_size)
         size = cfg.base.batch * cfg.pool.ranks
         batches = BaseBatches(sequences, size, cfg.run.seed)
         optimizer = OptimizerConfig(lr=cfg.base.lr)
@@ -137,11 +139,18 @@ class ConsolidationWorker:
         for model in (student, awake):
             load_into(model, {**weights, **{n: u + offset[n] for n, u in unshifted.items()}})
         batches = RoundBatches(snapshot, plan, cfg.sleep)
+        receivers = receivers_due(cfg.levels, plan.first_key * cfg.model.context, plan.tokens)
+        expansion = expand(student, receivers, cfg.sleep, plan.seed)
         teacher, old = awake if cfg.sleep.teacher else None, anchor if cfg.sleep.anchor else None
         lesson = Lesson(cfg.sleep, plan.steps, plan.seed, student, teacher, old)
         if teacher is not None and cfg.sleep.guide == "stored":
             lesson.stored, lesson.passed = self._store_guides(Path(directory), batches.visited(plan.steps), teacher)
-        result, trained = self._train(lesson, batches, cfg.sleep.batch, cfg.sleep.optimizer)
+        self.step_flops = student_step_flops(student, expansion, cfg.sleep)
+        result, trained = self._train(lesson, batches, cfg.sleep.batch, cfg.sleep.optimizer, expansion.frozen)
+        if cfg.sleep.mode == "slots":
+            plain, tokens = self._model(), batches.batch(0)[0][:, :-1].to(self.device)
+            result.loss["fold"] = folded(plain, trained, expansion, cfg.sleep, plan.seed, tokens).divergence or 0.0
+            trained = {name: p.detach().cpu() for name, p in plain.named_parameters()}
         tensors = {f"weight/{n}": t for n, t in trained.items()}
         tensors.update({f"offset/{n}": trained[n] - u for n, u in unshifted.items()})
         result.shard = write_shard(Path(directory), self.rank, self.world, self._share(tensors))
@@ -208,7 +217,7 @@ class ConsolidationWorker:
 
     def _flops(self, lesson: Lesson) -> float:
         shape = (self.cfg.model, self.cfg.levels, self.setting.tokenizer.vocab_size)
-        return float(lesson.trained * full_step_flops(*shape) + lesson.passed * forward_flops(*shape))
+        return float(lesson.trained * self.step_flops + lesson.passed * forward_flops(*shape))
 
     def _store_guides(self, directory: Path, rows: np.ndarray, teacher: NestedLM) -> Tuple[StoredGuides, int]:
         """Write this rank's share of the teacher's guides; returns those of all ranks, and the tokens read for it."""

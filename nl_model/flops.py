@@ -6,7 +6,7 @@ Agrees with torch.utils.flop_counter (tests/unit/test_flops.py). Attention count
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Dict, Tuple
+from typing import Dict, Sequence, Tuple
 
 from nl_model.config import LevelConfig, ModelConfig, ordered_levels
 
@@ -32,19 +32,52 @@ def wake_step_flops(cfg: ModelConfig, levels: Dict[str, LevelConfig], vocab_size
     """FLOPs per token of a wake step: forward, and backward down to the lowest MLP that the learner owns."""
     if cfg.mixer != "attention":
         return _counted(cfg, tuple(levels.items()), vocab_size)[2]
+    learners = [name for name, level in levels.items() if level.owner == "learner"]
+    return forward_flops(cfg, levels, vocab_size) + _backward_flops(cfg, levels, vocab_size, learners, learners)
+
+
+def sleep_step_flops(
+    cfg: ModelConfig, levels: Dict[str, LevelConfig], vocab_size: int, receivers: Sequence[str], rank: int = 0
+) -> int:
+    """FLOPs per token of a sleep step that trains some levels only, guides apart (whole, for mixers without a formula).
+
+    Args:
+        receivers: levels that train.
+        rank: total rank of the new slots of each of their MLPs, which then train instead of the levels' own weights.
+    """
+    slowest = ordered_levels(levels)[-1]
+    if cfg.mixer != "attention":
+        return full_step_flops(cfg, levels, vocab_size)
+    if rank == 0 and slowest in receivers:  # embedding and mixers train: only MLPs of other levels are spared
+        spared = [level for name, level in levels.items() if name not in receivers]
+        gradients = sum(4 * cfg.dim * level.width * len(level.block_indices(cfg.blocks)) for level in spared)
+        return full_step_flops(cfg, levels, vocab_size) - gradients
+    forward = forward_flops(cfg, levels, vocab_size)
+    backward = _backward_flops(cfg, levels, vocab_size, receivers, () if rank else receivers)
+    sizes = [(levels[r].width + cfg.dim) * len(levels[r].block_indices(cfg.blocks)) for r in receivers]
+    updates = 3 * 4 * rank * sum(sizes) - 2 * rank * cfg.dim  # nothing below the first wants its input gradient
+    return forward + backward + updates
+
+
+def _backward_flops(
+    cfg: ModelConfig, levels: Dict[str, LevelConfig], vocab_size: int, reached: Sequence[str], trained: Sequence[str]
+) -> int:
+    """FLOPs per token of a backward pass down to the lowest MLP of the levels `reached`.
+
+    Weight gradients are those of the MLPs of the levels `trained`.
+    """
     order = ordered_levels(levels)
     places = {name: levels[name].block_indices(cfg.blocks) for name in order}
     chain = [(block, name) for block in range(cfg.blocks) for name in order if block in places[name]]
-    first = next(i for i, (_, name) in enumerate(chain) if levels[name].owner == "learner")
+    first = next(i for i, (_, name) in enumerate(chain) if name in reached)
     backward = 2 * cfg.dim * vocab_size  # through the head, to its input only
     for i, (_block, name) in enumerate(chain[first:]):
         product = 2 * cfg.dim * levels[name].width
         backward += product  # input gradient of the down projection
         backward += product if i > 0 else 0  # input gradient of the up projection; nothing below the first wants it
-        backward += 2 * product if levels[name].owner == "learner" else 0  # weight gradients
+        backward += 2 * product if name in trained else 0  # weight gradients
     blocks_above = cfg.blocks - 1 - chain[first][0]
-    backward += blocks_above * (2 * 4 * cfg.dim**2 + 10 * cfg.context * cfg.dim)
-    return forward_flops(cfg, levels, vocab_size) + backward
+    return backward + blocks_above * (2 * 4 * cfg.dim**2 + 10 * cfg.context * cfg.dim)
 
 
 @lru_cache(maxsize=8)

@@ -13,6 +13,11 @@ from nl_model.config import LevelConfig, ordered_levels
 from nl_model.losses import token_nll
 
 
+def is_slot(parameter: str) -> bool:
+    """Whether a parameter belongs to an expert slot of an MLP (nl_model.slots), which only sleep writes."""
+    return "slots" in parameter.split(".")[4:]
+
+
 class Levelled(nn.Module):
     """A language model whose parameters are partitioned into levels with update periods of their own.
 
@@ -40,8 +45,8 @@ class Levelled(nn.Module):
         return [n for n, _ in self.named_parameters() if self.level_configs[self.level_of(n)].owner == owner]
 
     def parameters_of(self, level: str) -> Dict[str, nn.Parameter]:
-        """The parameters of one level by name, in model order."""
-        return {name: p for name, p in self.named_parameters() if self.level_of(name) == level}
+        """The parameters that one level's own updates write, by name, in model order; slots are not among them."""
+        return {name: p for name, p in self.named_parameters() if self.level_of(name) == level and not is_slot(name)}
 
     def level_sizes(self) -> Dict[str, int]:
         """Number of parameters per level."""
@@ -52,7 +57,7 @@ class Levelled(nn.Module):
 
     def train_only(self, owner: str) -> Self:
         """Let gradients reach the levels of one owner only; the backward pass then stops at the lowest such block."""
-        owned = set(self.owned_by(owner))
+        owned = {name for name in self.owned_by(owner) if not is_slot(name)}
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in owned)
         return self

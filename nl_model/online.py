@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nl_model.clock import LevelClock
 from nl_model.config import ordered_levels
-from nl_model.levelled import Levelled
+from nl_model.levelled import Levelled, is_slot
 from nl_model.nested import NestedStarts
 from nl_model.optim.levelwise import LevelOptimizers
 
@@ -45,7 +45,7 @@ class OnlineLevels:
         periods = LevelClock.of(model.level_configs, step_tokens=step_tokens).periods
         self.clock = LevelClock({name: periods[name] for name in self.names})
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(model.level_of(name) in self.names)
+            parameter.requires_grad_(model.level_of(name) in self.names and not is_slot(name))
         self.optimizers = LevelOptimizers(model, self.names)
         self.starts = NestedStarts(model, self.names) if model.wiring == "nested" else None
         self.tokens = 0

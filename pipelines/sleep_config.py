@@ -11,6 +11,7 @@ from pipelines.checks import at_least, inside, one_of, share
 SAMPLERS = ("uniform", "recency", "surprise")
 GUIDES = ("recompute", "stored")
 MIXINGS = ("constant", "linear", "cosine")
+MODES = ("all", "dense", "slots")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,15 @@ class ImitationConfig:
 class SleepConfig:
     """One consolidation round."""
 
+    mode: str = "all"
+    """What trains: all (every level), dense (the receivers' own weights, the levels of the pool whose period is over),
+    slots (new low-rank slots in the receivers' MLPs, folded into their weights before the gate)."""
+    slots: int = 1
+    """slots: slots that a round adds to each MLP of a receiver."""
+    slot_rank: int = 16
+    """slots: rank of a slot's update of each of the MLP's two matrices."""
+    slot_top_k: int = 0
+    """slots: most slots that a router lets fire for a token; 0: no router, all count in full and folding is exact."""
     tokens_per_token: float = 0.5
     """Tokens trained on asleep per token streamed awake since the last round."""
     max_steps: int = 0
@@ -80,6 +90,10 @@ class SleepConfig:
     """Optimizer of the pool over all levels of the student; lr is the peak of a warmed-up cosine per round."""
 
     def __post_init__(self) -> None:
+        one_of("sleep.mode", self.mode, MODES)
+        at_least("sleep.slots", self.slots, 1)
+        at_least("sleep.slot_rank", self.slot_rank, 1)
+        at_least("sleep.slot_top_k", self.slot_top_k, 0)
         at_least("sleep.tokens_per_token", self.tokens_per_token, 0)
         at_least("sleep.max_steps", self.max_steps, 0)
         at_least("sleep.max_queued", self.max_queued, 1)

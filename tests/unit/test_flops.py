@@ -14,8 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nl_model.config import LevelConfig, ModelConfig, ordered_levels
-from nl_model.flops import forward_flops, full_step_flops, wake_step_flops
+from nl_model.flops import forward_flops, full_step_flops, sleep_step_flops, wake_step_flops
 from nl_model.model import NestedLM
+from nl_model.slots import SlotConfig, activate, add_slots, train_names
 
 Levels = Dict[str, LevelConfig]
 BATCH, VOCAB = 3, 19
@@ -83,3 +84,21 @@ def test_wake_step(case: Tuple[ModelConfig, Levels], make_model: Callable[..., N
 def test_a_wake_step_is_cheaper_than_a_full_step(case: Tuple[ModelConfig, Levels]) -> None:
     cfg, where = case
     assert forward_flops(cfg, where, VOCAB) < wake_step_flops(cfg, where, VOCAB) < full_step_flops(cfg, where, VOCAB)
+
+
+@pytest.mark.parametrize("receiver", ["medium", "slow"])
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_sleep_step_that_trains_one_level(
+    case: Tuple[ModelConfig, Levels], make_model: Callable[..., NestedLM], receiver: str, rank: int
+) -> None:
+    """Its own weights, or new slots in its MLPs."""
+    cfg, where = case
+    model, lowest = make_model(where, VOCAB, shape=cfg), min(where[receiver].block_indices(cfg.blocks))
+    if rank:
+        train_names(add_slots(model, [receiver], SlotConfig(1, rank)), activate(model, receiver, 0, seed=0))
+    else:
+        train_names(model, model.parameters_of(receiver))
+        lowest = -1 if receiver == "slow" else lowest
+    recomputed = min(cfg.blocks, cfg.blocks - 1 - lowest) * 2 * cfg.context * cfg.dim
+    found = counted(lambda: model.nll(sequences(cfg)).sum().backward())
+    assert (sleep_step_flops(cfg, where, VOCAB, [receiver], rank) - recomputed) * BATCH * cfg.context == found
