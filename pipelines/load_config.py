@@ -18,13 +18,23 @@ from omegaconf.errors import OmegaConfBaseException
 from pipelines.config import Config
 
 SHIPPED = "pipelines.configs"
+PRESETS = "pipelines.presets"
 # Keys that say where and how fast a run computes, not what it computes: they may differ when a run is continued.
 FREE_ON_RESUME = ("run.root", "ray", "failures", "tracking", "pool.timeout", "pool.start_timeout", "control")
 
 
 def shipped_configs() -> List[str]:
     """Names of the configurations that come with the package, without .yaml."""
-    return sorted(Path(p.name).stem for p in resources.files(SHIPPED).iterdir() if p.name.endswith(".yaml"))
+    return _names(SHIPPED)
+
+
+def presets() -> List[str]:
+    """Names of the shipped presets: sizes of a model and its stream, to be laid over any configuration."""
+    return _names(PRESETS)
+
+
+def _names(package: str) -> List[str]:
+    return sorted(Path(p.name).stem for p in resources.files(package).iterdir() if p.name.endswith(".yaml"))
 
 
 def read_yaml(name: str) -> Dict[str, Any]:
@@ -35,6 +45,16 @@ def read_yaml(name: str) -> Dict[str, Any]:
         text = (resources.files(SHIPPED) / f"{name}.yaml").read_text(encoding="utf-8")
     else:
         raise ValueError(f"no configuration file {name!r}; give a path, or one of {', '.join(shipped_configs())}")
+    return _parse(text, name)
+
+
+def _read_preset(name: str) -> Dict[str, Any]:
+    if name not in presets():
+        raise ValueError(f"--preset {name!r} is unknown; use one of {', '.join(presets())}, or none")
+    return _parse((resources.files(PRESETS) / f"{name}.yaml").read_text(encoding="utf-8"), name)
+
+
+def _parse(text: str, name: str) -> Dict[str, Any]:
     try:
         tree = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
@@ -52,7 +72,7 @@ def load_config(name: str = "default", overrides: Sequence[str] = (), preset: st
     tree = read_yaml(name)
     _check_keys(tree, Config, "", name)
     if preset:
-        sizes = read_yaml(preset)
+        sizes = _read_preset(preset)
         tree = {**tree, **{section: {**(tree.get(section) or {}), **values} for section, values in sizes.items()}}
         tree["levels"] = sizes.get("levels", tree.get("levels"))
     _check_overrides(overrides)

@@ -10,7 +10,7 @@ import pytest
 
 from nl_model.config import LevelConfig, OptimizerConfig
 from pipelines.config import Config, ControlConfig, PoolConfig, RunSection, SleepConfig, WakeConfig
-from pipelines.load_config import config_hash, differences, load_config, shipped_configs, to_yaml
+from pipelines.load_config import config_hash, differences, load_config, presets, shipped_configs, to_yaml
 
 LEVELS = """
 levels:
@@ -262,3 +262,17 @@ def test_a_hash_depends_on_values_alone() -> None:
     assert config_hash(WakeConfig(), {"a": 1, "b": 2}) == config_hash(WakeConfig(), {"b": 2, "a": 1})
     assert config_hash(OptimizerConfig(lr=0.1)) != config_hash(OptimizerConfig(lr=0.2))
     assert config_hash([1, 2]) != config_hash([2, 1])
+
+
+@pytest.mark.parametrize("name", presets())
+def test_a_preset_decides_sizes_and_nothing_else(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: {dim: 6, heads: 1}\nstream: {schedule: soft}\nlevels: {a: {period: 64}}\n")
+    found = load_config(str(path), ["sleep.batch=4"], name)
+    assert found.model.dim > 6 and set(found.levels) == {"fast", "medium", "slow"}
+    assert found.stream.schedule == "soft" and found.sleep.batch == 4
+
+
+def test_an_unknown_preset_is_named() -> None:
+    with pytest.raises(ValueError, match="--preset 'tiny' is unknown; use one of base, micro, small"):
+        load_config("default", [], "tiny")
