@@ -77,14 +77,17 @@ class CircadianTrainer:
         self.memory.add(self.material.base.tokens_NS, self.material.base.sources_N, 1.0 - self._recent_share())
         if self.night.gate:
             self.anchor_row = self._gate_scores(self.model)
-        for segment in self.material.segments:
+        for number, segment in enumerate(self.material.segments, start=1):
             self.seen.extend(s for s in self._sources_of(segment) if s not in self.seen)
             days = self._days(len(segment.tokens_NS))
             for day, (first, last) in enumerate(days):
                 self._wake(segment, first, last)
-                self._sleep(segment, first, last, (day, len(days)), self._is_deep(segment) and day == len(days) - 1)
+                self._nap(segment, first, last, (day, len(days)))
                 kept = segment.tokens_NS[first:last], segment.sources_N[first:last]
                 self.memory.add(*kept, 1.0 - self._recent_share())
+            if self._is_deep(number):
+                first = days[-1][0] if self._recent_share() else 0
+                self._deep_sleep(segment.tokens_NS[first:])
             self.trace.score(self.model, self.position)
         self.trace.notes.update(rounds=self.rounds, rejected=self.rejected)
         return self.trace
@@ -133,32 +136,48 @@ class CircadianTrainer:
         guided = self.night.recent * bool(self.night.teacher) + (1 - self.night.recent) * bool(self.night.anchor)
         return self.size * (self.width - 1) * (self.meter.full + guided * self.meter.forward)
 
-    def _is_deep(self, segment: Segment) -> bool:
-        """Whether a source's last night is a deep one, which spends what was kept for it."""
-        segments = self.material.segments
-        number = next(i for i, s in enumerate(segments) if s is segment) + 1
-        return number == len(segments) or bool(self.night.deep_every and number % self.night.deep_every == 0)
+    def _is_deep(self, number: int) -> bool:
+        """Whether a deep sleep, which spends what was kept for it, follows the segment of this number (from 1)."""
+        if not self.night.bank:
+            return False
+        every = self.night.deep_every
+        return number == len(self.material.segments) or bool(every and number % every == 0)
 
-    def _sleep(self, segment: Segment, first: int, last: int, day: Tuple[int, int], deep: bool) -> None:
-        """One round: the student starts as the awake model; all levels train on recent and replayed experience.
+    def _nap(self, segment: Segment, first: int, last: int, day: Tuple[int, int]) -> None:
+        """A night's round over one day.
 
         day: (number of the day in its segment, days of the segment).
         """
-        kept = 0.0 if deep else max(0.0, self.credit) * self.night.bank
-        self.credit += self.banked * deep - kept
-        self.banked = kept + self.banked * (not deep)
-        steps = int(self.credit // self.step_flops)
+        kept = max(0.0, self.credit) * self.night.bank
+        self.credit, self.banked = self.credit - kept, self.banked + kept
+        night = self.night
+        # One schedule of the step size spans a segment's nights, or every night has its own.
+        place = day if night.online or night.cycle else (0, 1)
+        self._sleep(segment.tokens_NS[first:last], (night.recent, night.recent_end), place, self._is_judged(day))
+
+    def _deep_sleep(self, recent_NS: np.ndarray) -> None:
+        """A round over everything, on the FLOPs that nights have kept for it."""
+        self.credit, self.banked = self.credit + self.banked, 0.0
+        self._sleep(recent_NS, (self.night.deep_recent, -1.0), (0, 1), True)
+
+    def _sleep(self, recent_NS: np.ndarray, shares: Tuple[float, float], place: Tuple[int, int], judged: bool) -> None:
+        """One round on the present credit: the student starts as the awake model, and all levels train.
+
+        shares: of recent experience in a batch, at the start and at the end (negative: the same).
+        place: (number of the round, rounds) under one schedule of the step size.
+        """
+        judged = judged and self.night.gate
+        steps = int((self.credit - self._gate_flops * judged) // self.step_flops)
         if steps < 1:
             return
         self.credit -= steps * self.step_flops
         self.rounds += 1
         student = self.model.requires_grad_(True)
-        awake = frozen_copy(student) if self.night.teacher else None
-        # Without nights one cosine spans the segment; with them, each night has its own.
-        span = (day[0] * steps, day[1] * steps) if self.night.online else (0, steps)
-        self._train(student, segment.tokens_NS[first:last], self._recent_counts(steps, deep), awake, span)
+        teacher = frozen_copy(student) if self.night.teacher else None
+        span = (place[0] * steps, place[1] * steps)
+        self._train(student, recent_NS, self._recent_counts(steps, *shares), teacher, span)
         self.meter.spend("sleep", steps * self.step_flops)
-        if self.night.gate and self._is_judged(day):
+        if judged:
             self._judge(student)
         elif not self.night.gate:
             _copy_weights(student, self.live)
@@ -198,21 +217,22 @@ class CircadianTrainer:
                 for parameter, mean in zip(student.parameters(), average, strict=True):
                     parameter.copy_(mean)
 
-    def _recent_counts(self, steps: int, deep: bool) -> np.ndarray:
-        """Recent sequences in each step's batch (steps,)."""
-        first = self.night.deep_recent if deep and self.night.bank else self.night.recent
-        last = self.night.recent_end if self.night.recent_end >= 0 and not deep else first
+    def _recent_counts(self, steps: int, first: float, last: float) -> np.ndarray:
+        """Recent sequences in each step's batch (steps,), from one share to another."""
+        last = last if last >= 0 else first
         if not len(self.memory):
             first = last = 1.0
         wanted = np.cumsum(self.size * np.linspace(first, last, steps))
         return np.diff(np.floor(wanted + 0.5), prepend=0).astype(int)
 
+    @property
+    def _gate_flops(self) -> float:
+        return float(self.meter.forward * sum(p.tokens[:, 1:].size for p in self.material.gate_probes.values()))
+
     def _gate_scores(self, model: NestedLM) -> Dict[str, float]:
-        probes = self.material.gate_probes
-        flops = self.meter.forward * sum(p.tokens[:, 1:].size for p in probes.values())
-        self.meter.spend("gate", flops)
-        self.credit -= flops
-        return score(model, probes, self.material.sources, self.cfg.compute.precision)
+        self.meter.spend("gate", self._gate_flops)
+        self.credit -= self._gate_flops
+        return score(model, self.material.gate_probes, self.material.sources, self.cfg.compute.precision)
 
     def _is_judged(self, day: Tuple[int, int]) -> bool:
         """Whether the gate looks at this night: `GATES` times per segment, however short the days are."""

@@ -41,6 +41,8 @@ class Night:
     """Judge candidates; a rejected one is thrown away, its FLOPs are spent."""
     online: bool = False
     """Spend the sleeping FLOPs on plain replay between wake steps, without nights."""
+    cycle: bool = False
+    """One schedule of the step size over all nights of a source, instead of one per night."""
     keep_moments: bool = True
     """Carry the optimizer's moments from round to round."""
     floor: float = 0.05

@@ -17,23 +17,8 @@ from pipelines.compare.runner import names
 from pipelines.compare.statistics import gap_closed, interval, paired, slope
 from pipelines.probe import Row, read_matrix
 
-REQUIRED = [
-    "circadian",
-    "naive",
-    "joint",
-    "replay_5",
-    "replay_25",
-    "replay_50",
-    "replay_tuned",
-    "der",
-    "ewc",
-    "lwf",
-    "ema",
-    "mer",
-    "lora",
-    "one_frequency",
-    "sleep_as_replay",
-]
+REQUIRED = {"circadian", "naive", "joint", "replay_5", "replay_25", "replay_50", "replay_tuned", "der", "ewc", "lwf"}
+REQUIRED |= {"ema", "mer", "lora", "one_frequency", "sleep_as_replay"}
 
 
 def rows(number: int, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -42,7 +27,7 @@ def rows(number: int, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_every_method_of_the_field_is_there() -> None:
-    assert set(REQUIRED) <= set(METHODS)
+    assert set(METHODS) >= REQUIRED
     for name, variants in VARIANTS.items():
         assert METHODS[name] == next(iter(variants.values())), f"tuning of {name} must start from the method itself"
 
