@@ -7,7 +7,7 @@ import socket
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Protocol, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Protocol, Tuple
 
 import ray
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cluster.actors import configure_torch
 from cluster.releases import Shard, load_release, split, write_shard
+from cluster.training_state import RoundStates, read_state, write_state
 from nl_model.config import OptimizerConfig
 from nl_model.flops import forward_flops, full_step_flops
 from nl_model.model import NestedLM, autocast, resolve_device
@@ -25,6 +26,12 @@ from pipelines.experience import Snapshot
 from pipelines.probe import score
 from pipelines.setting import open_setting
 from pipelines.sleep import RoundBatches, RoundPlan, guide_logits, learning_rate, sleep_loss
+
+if TYPE_CHECKING:
+    from cluster.engine import StudentEngine
+
+MOMENTS = "moments"
+"""Folder of a release that holds the optimizer's moments of the round that made it (sleep.keep_moments)."""
 
 
 class Batches(Protocol):
@@ -49,6 +56,8 @@ class RankResult:
     awake: Dict[str, float] = field(default_factory=dict)
     """The same of the awake model that the student started from."""
     optimizer_bytes: int = 0
+    resumed_at: int = 0
+    """Steps that an earlier attempt had done."""
     flops: float = 0.0
     """FLOPs of this rank, teacher and anchor passes included."""
 
@@ -106,10 +115,12 @@ class ConsolidationWorker:
         size = cfg.base.batch * cfg.pool.ranks
         batches = BaseBatches(sequences, size, cfg.run.seed)
         optimizer = OptimizerConfig(lr=cfg.base.lr)
-        result, weights = self._train(model, batches, base_steps(cfg), size, optimizer, None, None, neutral)
+        states = self._states({"base": base_steps(cfg), "batch": size, "seed": cfg.run.seed})
+        result, weights = self._train(model, batches, base_steps(cfg), size, optimizer, None, None, neutral, states)
         tensors = {f"weight/{n}": t for n, t in weights.items()}
         tensors.update({f"offset/{n}": torch.zeros_like(weights[n]) for n in neutral})
         result.shard = write_shard(Path(directory), self.rank, self.world, self._share(tensors))
+        self._finish(states)
         return result
 
     def run_round(self, plan: RoundPlan, anchor_dir: str, directory: str, seen: List[str]) -> RankResult:
@@ -131,7 +142,12 @@ class ConsolidationWorker:
             load_into(model, {**weights, **{n: u + offset[n] for n, u in unshifted.items()}})
         batches = RoundBatches(snapshot, plan, cfg.sleep)
         teacher, old = awake if cfg.sleep.teacher else None, anchor if cfg.sleep.anchor else None
-        result, trained = self._train(student, batches, plan.steps, cfg.sleep.batch, cfg.sleep.optimizer, teacher, old)
+        states = self._states(plan.to_json())
+        kept = (Path(anchor_dir) / MOMENTS, Path(directory) / MOMENTS) if cfg.sleep.keep_moments else None
+        size, optimizer = cfg.sleep.batch, cfg.sleep.optimizer
+        result, trained = self._train(
+            student, batches, plan.steps, size, optimizer, teacher, old, states=states, kept=kept
+        )
         tensors = {f"weight/{n}": t for n, t in trained.items()}
         tensors.update({f"offset/{n}": trained[n] - u for n, u in unshifted.items()})
         result.shard = write_shard(Path(directory), self.rank, self.world, self._share(tensors))
@@ -140,6 +156,7 @@ class ConsolidationWorker:
         mine = seen[self.rank :: self.world]
         result.candidate = score(candidate, self.probes, mine, cfg.compute.precision)
         result.awake = score(awake, self.probes, mine, cfg.compute.precision)
+        self._finish(states)
         return result
 
     def score_release(self, directory: str) -> Dict[str, float]:
@@ -160,6 +177,14 @@ class ConsolidationWorker:
         cfg = self.cfg
         return NestedLM(cfg.model, cfg.levels, self.setting.tokenizer.vocab_size).to(self.device)
 
+    def _states(self, key: Dict[str, Any]) -> RoundStates:
+        return RoundStates(self.run_dir / "checkpoints" / "pool", key, self.cfg.pool.checkpoint_every)
+
+    def _finish(self, states: RoundStates) -> None:
+        """The shard is on disk. Should another rank fail yet, the repeated attempt begins anew."""
+        if not self.rank:
+            states.clear()
+
     def _share(self, tensors: Dict[str, Tensor]) -> Dict[str, Tensor]:
         return {name: tensors[name] for name in sorted(tensors)[self.rank :: self.world]}
 
@@ -173,31 +198,68 @@ class ConsolidationWorker:
         teacher: Optional[NestedLM],
         anchor: Optional[NestedLM],
         frozen: Iterable[str] = (),
+        states: Optional[RoundStates] = None,
+        kept: Optional[Tuple[Path, Path]] = None,
     ) -> Tuple[RankResult, Dict[str, Tensor]]:
-        """Train the student and return this rank's result and the full weights."""
+        """Train the student and return this rank's result and the full weights.
+
+        Args:
+            states: where it may go on from, and what it leaves on its way.
+            kept: directories of the moments it starts with, and of those it ends with.
+        """
         from cluster.engine import StudentEngine  # noqa: PLC0415
 
         cfg, start = self.cfg, time.perf_counter()
-        engine = StudentEngine(student, optimizer, cfg.pool.zero_stage, batch // self.world, frozen)
         result = RankResult(self.rank, Shard("", "", []), steps, 0.0)
         sums: Dict[str, List[float]] = {}
-        for step in range(steps):
+        state = states.newest() if states is not None else None
+        if state is not None:
+            load_into(student, state.weights())
+            result.resumed_at = state.step
+            progress = state.progress_of(self.rank, self.world)
+            result.flops, sums = progress["flops"], progress["losses"]
+        before = state if state is not None or kept is None else read_state(kept[0])
+        engine = StudentEngine(student, optimizer, cfg.pool, batch // self.world, frozen, before)
+        for step in range(result.resumed_at, steps):
             tokens, recent = (t.to(self.device) for t in batches.batch(step, self.rank, self.world))
-            with autocast(self.device, cfg.compute.precision):
-                guides = guide_logits(teacher, anchor, tokens, recent)
-                loss, parts = sleep_loss(engine(tokens[:, :-1]), tokens, recent, guides, cfg.sleep)
-            engine.step(loss, learning_rate(optimizer.lr, step, steps))
+            found = self._step(engine, tokens, recent, teacher, anchor, learning_rate(optimizer.lr, step, steps))
             result.flops += self._flops(tokens, recent, teacher is not None, anchor is not None)
-            self.done = (step + 1, steps, float(loss.detach()))
+            self.done = (step + 1, steps, found["total"])
             if step >= steps - max(1, steps // 5):
-                for name, value in {"total": loss.detach(), **parts}.items():
-                    sums.setdefault(name, []).append(float(value))
+                for name, value in found.items():
+                    sums.setdefault(name, []).append(value)
+            if states is not None:
+                states.after(engine, step + 1, steps, {"flops": result.flops, "losses": sums})
         result.loss = {name: sum(values) / len(values) for name, values in sums.items()}
         result.optimizer_bytes = engine.optimizer_bytes()
         weights = dict(engine.weights())
+        if kept is not None:
+            write_state(kept[1], engine, {"steps": steps}, steps, weights=False)
         engine.close()
         result.seconds = time.perf_counter() - start
         return result, weights
+
+    def _step(
+        self,
+        engine: StudentEngine,
+        tokens: Tensor,
+        recent: Tensor,
+        teacher: Optional[NestedLM],
+        anchor: Optional[NestedLM],
+        lr: float,
+    ) -> Dict[str, float]:
+        """One step in as many passes as the engine makes of it; returns the losses, means over the passes."""
+        found: Dict[str, List[Tensor]] = {}
+        for i in range(engine.passes):
+            rows = slice(i, None, engine.passes)  # every pass has its share of recent and of old experience
+            with autocast(self.device, self.cfg.compute.precision):
+                guides = guide_logits(teacher, anchor, tokens[rows], recent[rows])
+                logits = engine(tokens[rows, :-1])
+                loss, parts = sleep_loss(logits, tokens[rows], recent[rows], guides, self.cfg.sleep)
+            engine.step(loss, lr)
+            for name, value in {"total": loss.detach(), **parts}.items():
+                found.setdefault(name, []).append(value)
+        return {name: float(sum(values)) / len(values) for name, values in found.items()}
 
     def _flops(self, tokens: Tensor, recent: Tensor, teacher: bool, anchor: bool) -> float:
         shape = (self.cfg.model, self.cfg.levels, self.setting.tokenizer.vocab_size)

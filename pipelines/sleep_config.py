@@ -38,6 +38,8 @@ class SleepConfig:
     """Weight of distillation from the anchor (the last promoted model) on old experience; 0 skips its passes."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=2e-3))
     """Optimizer of the pool over all levels of the student; lr is the peak of a warmed-up cosine per round."""
+    keep_moments: bool = False
+    """Start a round with the optimizer's moments of the round that made its anchor, instead of with none."""
 
     def __post_init__(self) -> None:
         at_least("sleep.tokens_per_token", self.tokens_per_token, 0)
