@@ -2,9 +2,10 @@
 
 DeepSpeed's universal checkpoint (0.19.8) serves another number of ranks with Adam, but not another kind of stage: what
 stage 1 or 2 saved does not load into stage 3, nor the other way round (`assert len(self.ckpt_list) > 0` fails); stage 0
-does not convert (`FileNotFoundError: can't find *_optim_states.pt files`), SGD neither (`KeyError: 'exp_avg'`). It converts for seconds in a process of its own, needs the space twice, and is pickle. So each
-rank writes the full fp32 tensors of every N-th parameter as safetensors: gathered one at a time, as a candidate's
-weights are, read by name, nothing to convert.
+does not convert (`FileNotFoundError: can't find *_optim_states.pt files`), SGD neither (`KeyError: 'exp_avg'`). It
+converts for seconds in a process of its own, needs the space twice, and is pickle. So each rank writes the full fp32
+tensors of every N-th parameter as safetensors: gathered one at a time, as a candidate's weights are, read by name,
+nothing to convert.
 
 A state is a directory: `state-R-of-N.safetensors` per rank, and `STABLE` (JSON), written last, without which it does
 not exist. Tensors are called `weight/PARAMETER` and `MOMENT/PARAMETER`, all fp32.

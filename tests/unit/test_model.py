@@ -214,7 +214,7 @@ def test_checkpointing_runs_blocks_again_for_exactly_the_same_gradients(
     mixer: str, make_model: Callable[..., NestedLM], make_levels: Callable[..., Dict[str, LevelConfig]]
 ) -> None:
     model = make_model(make_levels(), dtype=torch.float64, shape=replace(SHAPE, mixer=mixer))
-    tokens = torch.randint(257, (3, 17), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(257, (3, SHAPE.context + 1), generator=torch.Generator().manual_seed(0))
     runs: List[int] = []
     model.blocks[0].register_forward_pre_hook(lambda module, inputs: runs.append(0))
     found = []
