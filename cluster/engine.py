@@ -143,7 +143,7 @@ class StudentEngine:
 
     def counters(self) -> Dict[str, float]:
         """The optimizer's own counters, which are the same for all parameters."""
-        first = next(iter(self._inner.state.values()), {})
+        first: Dict[str, Any] = next(iter(self._inner.state.values()), {})
         return {key: float(value) for key, value in first.items() if torch.is_tensor(value) and not value.dim()}
 
     def optimizer_bytes(self) -> int:
@@ -171,7 +171,7 @@ class StudentEngine:
 
     def _moments(self) -> List[str]:
         """Names of what the optimizer keeps per number of a parameter; empty before its first step."""
-        first = next(iter(self._inner.state.values()), {})
+        first: Dict[str, Any] = next(iter(self._inner.state.values()), {})
         return sorted(key for key, value in first.items() if torch.is_tensor(value) and value.dim())
 
     def _shards(self) -> List[Tensor]:
