@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Protocol, Tuple
 
+import numpy as np
 import ray
 import torch
 from torch import Tensor
@@ -23,9 +24,11 @@ from nl_model.weights import load_into, load_tensors
 from pipelines.base import BaseBatches, base_sequences, base_steps
 from pipelines.config import Config
 from pipelines.experience import Snapshot
+from pipelines.guides import StoredGuides, write_guides
+from pipelines.lesson import Lesson
 from pipelines.probe import score
 from pipelines.setting import open_setting
-from pipelines.sleep import RoundBatches, RoundPlan, guide_logits, learning_rate, sleep_loss
+from pipelines.sleep import RoundBatches, RoundPlan, learning_rate
 
 if TYPE_CHECKING:
     from cluster.engine import StudentEngine
@@ -39,6 +42,9 @@ class Batches(Protocol):
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Tuple[Tensor, Tensor]:
         """One rank's share of a step: tokens (B / world, S), recent mask (B / world,)."""
+
+    def keys(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
+        """Keys (B / world,) of the same."""
 
 
 @dataclass
@@ -59,7 +65,7 @@ class RankResult:
     resumed_at: int = 0
     """Steps that an earlier attempt had done."""
     flops: float = 0.0
-    """FLOPs of this rank, teacher and anchor passes included."""
+    """FLOPs of this rank, passes of guides and of whoever spoke included."""
 
 
 class ConsolidationWorker:
@@ -116,7 +122,8 @@ class ConsolidationWorker:
         batches = BaseBatches(sequences, size, cfg.run.seed)
         optimizer = OptimizerConfig(lr=cfg.base.lr)
         states = self._states({"base": base_steps(cfg), "batch": size, "seed": cfg.run.seed})
-        result, weights = self._train(model, batches, base_steps(cfg), size, optimizer, None, None, neutral, states)
+        lesson = Lesson(cfg.sleep, base_steps(cfg), cfg.run.seed, model)
+        result, weights = self._train(lesson, batches, size, optimizer, neutral, states)
         tensors = {f"weight/{n}": t for n, t in weights.items()}
         tensors.update({f"offset/{n}": torch.zeros_like(weights[n]) for n in neutral})
         result.shard = write_shard(Path(directory), self.rank, self.world, self._share(tensors))
@@ -142,12 +149,13 @@ class ConsolidationWorker:
             load_into(model, {**weights, **{n: u + offset[n] for n, u in unshifted.items()}})
         batches = RoundBatches(snapshot, plan, cfg.sleep)
         teacher, old = awake if cfg.sleep.teacher else None, anchor if cfg.sleep.anchor else None
+        lesson = Lesson(cfg.sleep, plan.steps, plan.seed, student, teacher, old)
+        if teacher is not None and cfg.sleep.guide == "stored":
+            lesson.stored, lesson.passed = self._store_guides(Path(directory), batches.visited(plan.steps), teacher)
         states = self._states(plan.to_json())
         kept = (Path(anchor_dir) / MOMENTS, Path(directory) / MOMENTS) if cfg.sleep.keep_moments else None
         size, optimizer = cfg.sleep.batch, cfg.sleep.optimizer
-        result, trained = self._train(
-            student, batches, plan.steps, size, optimizer, teacher, old, states=states, kept=kept
-        )
+        result, trained = self._train(lesson, batches, size, optimizer, states=states, kept=kept)
         tensors = {f"weight/{n}": t for n, t in trained.items()}
         tensors.update({f"offset/{n}": trained[n] - u for n, u in unshifted.items()})
         result.shard = write_shard(Path(directory), self.rank, self.world, self._share(tensors))
@@ -190,13 +198,10 @@ class ConsolidationWorker:
 
     def _train(
         self,
-        student: NestedLM,
+        lesson: Lesson,
         batches: Batches,
-        steps: int,
         batch: int,
         optimizer: OptimizerConfig,
-        teacher: Optional[NestedLM],
-        anchor: Optional[NestedLM],
         frozen: Iterable[str] = (),
         states: Optional[RoundStates] = None,
         kept: Optional[Tuple[Path, Path]] = None,
@@ -209,28 +214,30 @@ class ConsolidationWorker:
         """
         from cluster.engine import StudentEngine  # noqa: PLC0415
 
-        cfg, start = self.cfg, time.perf_counter()
+        cfg, steps, start = self.cfg, lesson.steps, time.perf_counter()
         result = RankResult(self.rank, Shard("", "", []), steps, 0.0)
         sums: Dict[str, List[float]] = {}
         state = states.newest() if states is not None else None
         if state is not None:
-            load_into(student, state.weights())
+            load_into(lesson.student, state.weights())
             result.resumed_at = state.step
             progress = state.progress_of(self.rank, self.world)
-            result.flops, sums = progress["flops"], progress["losses"]
+            lesson.trained, lesson.passed, sums = progress["trained"], progress["passed"], progress["losses"]
         before = state if state is not None or kept is None else read_state(kept[0])
-        engine = StudentEngine(student, optimizer, cfg.pool, batch // self.world, frozen, before)
+        engine = StudentEngine(lesson.student, optimizer, cfg.pool, batch // self.world, frozen, before)
         for step in range(result.resumed_at, steps):
             tokens, recent = (t.to(self.device) for t in batches.batch(step, self.rank, self.world))
-            found = self._step(engine, tokens, recent, teacher, anchor, learning_rate(optimizer.lr, step, steps))
-            result.flops += self._flops(tokens, recent, teacher is not None, anchor is not None)
+            keys = batches.keys(step, self.rank, self.world)
+            found = self._step(engine, lesson, step, tokens, recent, keys, learning_rate(optimizer.lr, step, steps))
             self.done = (step + 1, steps, found["total"])
             if step >= steps - max(1, steps // 5):
                 for name, value in found.items():
                     sums.setdefault(name, []).append(value)
             if states is not None:
-                states.after(engine, step + 1, steps, {"flops": result.flops, "losses": sums})
+                so_far = {"trained": lesson.trained, "passed": lesson.passed, "losses": sums}
+                states.after(engine, step + 1, steps, so_far)
         result.loss = {name: sum(values) / len(values) for name, values in sums.items()}
+        result.flops = self._flops(lesson)
         result.optimizer_bytes = engine.optimizer_bytes()
         weights = dict(engine.weights())
         if kept is not None:
@@ -242,10 +249,11 @@ class ConsolidationWorker:
     def _step(
         self,
         engine: StudentEngine,
+        lesson: Lesson,
+        step: int,
         tokens: Tensor,
         recent: Tensor,
-        teacher: Optional[NestedLM],
-        anchor: Optional[NestedLM],
+        keys: np.ndarray,
         lr: float,
     ) -> Dict[str, float]:
         """One step in as many passes as the engine makes of it; returns the losses, means over the passes."""
@@ -253,16 +261,24 @@ class ConsolidationWorker:
         for i in range(engine.passes):
             rows = slice(i, None, engine.passes)  # every pass has its share of recent and of old experience
             with autocast(self.device, self.cfg.compute.precision):
-                guides = guide_logits(teacher, anchor, tokens[rows], recent[rows])
-                logits = engine(tokens[rows, :-1])
-                loss, parts = sleep_loss(logits, tokens[rows], recent[rows], guides, self.cfg.sleep)
+                loss, parts = lesson.loss(step, engine, tokens[rows], recent[rows], keys[rows])
             engine.step(loss, lr)
             for name, value in {"total": loss.detach(), **parts}.items():
                 found.setdefault(name, []).append(value)
         return {name: float(sum(values)) / len(values) for name, values in found.items()}
 
-    def _flops(self, tokens: Tensor, recent: Tensor, teacher: bool, anchor: bool) -> float:
+    def _flops(self, lesson: Lesson) -> float:
         shape = (self.cfg.model, self.cfg.levels, self.setting.tokenizer.vocab_size)
-        guided = int(recent.sum()) * teacher + int((~recent).sum()) * anchor
-        context = tokens.size(1) - 1
-        return float(context * (len(tokens) * full_step_flops(*shape) + guided * forward_flops(*shape)))
+        return float(lesson.trained * full_step_flops(*shape) + lesson.passed * forward_flops(*shape))
+
+    def _store_guides(self, directory: Path, rows: np.ndarray, teacher: NestedLM) -> Tuple[StoredGuides, int]:
+        """Write this rank's share of the teacher's guides; returns those of all ranks, and the tokens read for it."""
+        assert self.snapshot is not None
+        paths = [directory / f"guides-{rank:05d}.arrow" for rank in range(self.world)]
+        mine, precision = rows[self.rank :: self.world], self.cfg.compute.precision
+        tokens = write_guides(paths[self.rank], teacher, self.snapshot, mine, self.cfg.sleep.top_k, precision)
+        torch.distributed.barrier()
+        stored = StoredGuides(paths)
+        torch.distributed.barrier()
+        paths[self.rank].unlink()  # what is mapped stays readable; the candidate keeps nothing of it
+        return stored, tokens

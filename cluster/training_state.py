@@ -69,11 +69,15 @@ class TrainingState:
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def progress_of(self, rank: int, world: int) -> Dict[str, Any]:
-        """A rank's own progress; in a pool of another size FLOPs are shared out anew, losses are those of some rank."""
+        """A rank's own progress; in a pool of another size counts are shared out anew, the rest is some rank's."""
         if world == len(self.progress):
             return self.progress[rank]
-        flops = sum(part["flops"] for part in self.progress) / world
-        return {**self.progress[rank % len(self.progress)], "flops": flops}
+        found = dict(self.progress[rank % len(self.progress)])
+        for name, value in found.items():
+            if isinstance(value, int):
+                total = sum(part[name] for part in self.progress)
+                found[name] = total // world + (rank < total % world)
+        return found
 
     def intact(self, rank: int, world: int) -> bool:
         """Whether this rank's share of the files has the checksums it should have."""
@@ -108,7 +112,7 @@ def write_state(
     torch.distributed.barrier()
     kept = {name: tensor for i, (name, tensor) in enumerate(engine.state(weights)) if i % world == rank}
     file = f"state-{rank:05d}-of-{world:05d}.safetensors"
-    mine = (file, save_tensors(directory / file, kept), sorted(kept), dict(progress or {"flops": 0.0}))
+    mine = (file, save_tensors(directory / file, kept), sorted(kept), dict(progress or {}))
     found = _gathered(mine)
     if not rank:
         marker = {

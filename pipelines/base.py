@@ -70,12 +70,16 @@ class BaseBatches:
         self.tokens = np.stack([s.tokens for s in sequences])
         self.size, self.seed = batch, seed
 
-    def batch(self, step: int, rank: int = 0, world: int = 1) -> Tuple[Tensor, Tensor]:
-        """One rank's share of a step: int64 tokens (B / world, S) and an all-true mask (B / world,)."""
+    def keys(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
+        """Numbers of the sequences of one rank's share of a step: int64 (B / world,)."""
         positions = np.arange(step * self.size, (step + 1) * self.size)
         epochs, places = np.divmod(positions, len(self.tokens))
         orders = {e: np.random.default_rng([self.seed, int(e)]).permutation(len(self.tokens)) for e in set(epochs)}
-        rows = np.array([orders[e][p] for e, p in zip(epochs, places, strict=True)])[rank::world]
+        return np.array([orders[e][p] for e, p in zip(epochs, places, strict=True)])[rank::world]
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Tuple[Tensor, Tensor]:
+        """One rank's share of a step: int64 tokens (B / world, S) and an all-true mask (B / world,)."""
+        rows = self.keys(step, rank, world)
         return torch.from_numpy(self.tokens[rows].astype(np.int64)), torch.ones(len(rows), dtype=torch.bool)
 
 

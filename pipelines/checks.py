@@ -19,3 +19,9 @@ def share(key: str, value: float) -> None:
     """ValueError unless a setting lies between 0 and 1."""
     if not 0 <= value <= 1:
         raise ValueError(f"{key}={value} must lie between 0 and 1")
+
+
+def inside(key: str, value: float, low: float, high: float) -> None:
+    """ValueError unless a setting lies between two bounds, neither included."""
+    if not low < value < high:
+        raise ValueError(f"{key}={value} must lie between {low} and {high}, both excluded")

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nl_model.losses import distillation, forward_kl, token_nll
+from nl_model.distillation import Guide, distillation, divergence, top_k
+from nl_model.losses import token_nll
 from nl_model.model import NestedLM
 from pipelines.experience import KINDS, Sampler, Snapshot, build_sampler
 from pipelines.sleep_config import SleepConfig
@@ -61,6 +62,14 @@ def learning_rate(peak: float, step: int, steps: int, warmup: float = 0.1, floor
         return peak * (step + 1) / ramp
     progress = (step - ramp) / max(1, steps - ramp)
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def mixing(kind: str, step: int, steps: int) -> float:
+    """Factor of the guides' weights at step 0 .. steps - 1: 1, or from 1 down to 0, straight or by a cosine."""
+    done = step / max(1, steps - 1)
+    if kind == "constant":
+        return 1.0
+    return 1.0 - done if kind == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
 class RoundBatches:
@@ -114,6 +123,15 @@ class RoundBatches:
             )
         return self._permutation
 
+    def visited(self, steps: int) -> np.ndarray:
+        """Rows of recent experience that `steps` steps read, each once, ascending."""
+        read = min(steps * self.num_recent, len(self.recent_rows))
+        return np.sort(self.recent_rows[self._order(0)[:read]]) if read else self.recent_rows[:0]
+
+    def keys(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
+        """Keys of one rank's share of a step: int64 (B / world,)."""
+        return np.asarray(self.snapshot.keys[self.rows(step)[0][rank::world]])
+
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Tuple[Tensor, Tensor]:
         """One rank's share of a step: int64 tokens (B / world, S) and the recent mask (B / world,)."""
         rows, recent = self.rows(step)
@@ -134,8 +152,25 @@ def guide_logits(
     return guides
 
 
+def guide_divergence(logits_BTV: Tensor, guide: Guide, cfg: SleepConfig) -> Tensor:
+    """Divergence of the student from a guide as configured, per token (B, T)."""
+    if cfg.divergence != "topk":
+        return divergence(logits_BTV, guide, cfg.divergence, cfg.jsd_beta)
+    return divergence(logits_BTV, top_k(guide, cfg.top_k) if isinstance(guide, Tensor) else guide)
+
+
+def guided(cfg: SleepConfig, recent_B: Tensor, factor: float = 1.0) -> List[Tuple[str, Tensor, float]]:
+    """Each guide's name, its rows of a batch (B,) bool, and its weight times `factor` (see `mixing`)."""
+    return [("teacher", recent_B, factor * cfg.teacher), ("anchor", ~recent_B, factor * cfg.anchor)]
+
+
 def sleep_loss(
-    logits_BTV: Tensor, sequences_BS: Tensor, recent_B: Tensor, guides: Dict[str, Tensor], cfg: SleepConfig
+    logits_BTV: Tensor,
+    sequences_BS: Tensor,
+    recent_B: Tensor,
+    guides: Mapping[str, Guide],
+    cfg: SleepConfig,
+    factor: float = 1.0,
 ) -> Tuple[Tensor, Dict[str, Tensor]]:
     """Loss of one sleep step in nats per token, and its detached parts by name.
 
@@ -143,16 +178,21 @@ def sleep_loss(
         logits_BTV: the student's logits on all of the batch.
         sequences_BS: int64 tokens.
         recent_B: which sequences are recent.
-        guides: what `guide_logits` returned.
-        cfg: mixing weights.
+        guides: what `guide_logits` returned, or stored guides of the same rows.
+        cfg: divergence and mixing weights.
+        factor: of the mixing weights at this step.
     """
     nll_BT = token_nll(logits_BTV, sequences_BS[:, 1:])
     total_BT = nll_BT
     parts = {"truth_recent": nll_BT[recent_B], "truth_old": nll_BT[~recent_B]}
-    for name, rows_B, weight in (("teacher", recent_B, cfg.teacher), ("anchor", ~recent_B, cfg.anchor)):
+    for name, rows_B, weight in guided(cfg, recent_B, factor):
         if name in guides:
-            divergence = forward_kl(logits_BTV[rows_B], guides[name])
-            total_BT = total_BT.index_put((rows_B,), distillation(nll_BT[rows_B], divergence, weight))
-            parts[name] = divergence
-    means = {name: part.detach().mean() for name, part in parts.items() if part.numel()}
-    return total_BT.mean(), means
+            divergence_BT = guide_divergence(logits_BTV[rows_B], guides[name], cfg)
+            total_BT = total_BT.index_put((rows_B,), distillation(nll_BT[rows_B], divergence_BT, weight))
+            parts[name] = divergence_BT
+    return total_BT.mean(), means(parts)
+
+
+def means(parts: Mapping[str, Tensor]) -> Dict[str, Tensor]:
+    """Detached means of what is not empty."""
+    return {name: part.detach().mean() for name, part in parts.items() if part.numel()}

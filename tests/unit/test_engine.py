@@ -113,10 +113,10 @@ def test_a_state_moves_between_stages(
 
     first = build(PoolConfig(zero_stage=before), optimizer)
     train(first, range(STEPS))
-    write_state(tmp_path / "state", first, {"round": 1}, STEPS, {"flops": 2.5})
+    write_state(tmp_path / "state", first, {"round": 1}, STEPS, {"trained": 2})
     stored = read_state(tmp_path / "state")
     assert stored is not None
-    assert (stored.key, stored.step, stored.progress) == ({"round": 1}, STEPS, [{"flops": 2.5}])
+    assert (stored.key, stored.step, stored.progress) == ({"round": 1}, STEPS, [{"trained": 2}])
     second = build(PoolConfig(zero_stage=after), optimizer, seed=1, state=stored)
     expected = state_of(first)
     assert_same(state_of(second), expected)
@@ -173,7 +173,7 @@ def test_a_damaged_state_is_none(build: Any, tmp_path: Path) -> None:
     assert states.newest() is None
     for step in (1, 2, 3, 4):
         train(engine, range(step - 1, step))
-        states.after(engine, step, 6, {"flops": 1.0})
+        states.after(engine, step, 6, {"trained": 1})
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"], "older states are removed"
     newest = states.newest()
     assert newest is not None and newest.step == 4 and newest.intact(0, 1)
@@ -189,7 +189,7 @@ def test_the_state_of_another_round_is_removed(build: Any, tmp_path: Path) -> No
 
     engine = build(PoolConfig())
     train(engine, range(1))
-    RoundStates(tmp_path / "pool", {"round": 1}, 1).after(engine, 1, 2, {"flops": 1.0})
+    RoundStates(tmp_path / "pool", {"round": 1}, 1).after(engine, 1, 2, {"trained": 1})
     assert RoundStates(tmp_path / "pool", {"round": 1}, 0).newest() is None, "switched off"
     assert RoundStates(tmp_path / "pool", {"round": 1}, 1).newest() is not None
     assert RoundStates(tmp_path / "pool", {"round": 2}, 1).newest() is None
@@ -210,8 +210,8 @@ def test_parts_are_equal_and_together_the_whole(numel: int, world: int) -> None:
 def test_progress_is_shared_out_anew_over_other_ranks() -> None:
     from cluster.training_state import TrainingState
 
-    parts = [{"flops": 6.0, "losses": {"total": [1.0]}}, {"flops": 2.0, "losses": {"total": [2.0]}}]
+    parts = [{"trained": 7, "losses": {"total": [1.0]}}, {"trained": 2, "losses": {"total": [2.0]}}]
     state = TrainingState(Path(), {}, 1, {}, parts, {}, {})
     assert [state.progress_of(rank, 2) for rank in (0, 1)] == parts
-    assert state.progress_of(0, 1) == {"flops": 8.0, "losses": {"total": [1.0]}}
-    assert sum(state.progress_of(rank, 4)["flops"] for rank in range(4)) == 8.0
+    assert state.progress_of(0, 1) == {"trained": 9, "losses": {"total": [1.0]}}
+    assert [state.progress_of(rank, 4)["trained"] for rank in range(4)] == [3, 2, 2, 2]
