@@ -22,7 +22,8 @@ from nl_model.weights import load_tensors
 from pipelines.sleep import RoundPlan
 from tests.pool import Bench, own_cluster, prepare, wait_for
 
-STEPS, EVERY = 40, 4
+pytestmark = pytest.mark.timeout(600)
+STEPS, EVERY = 24, 4
 Tensors = Dict[str, torch.Tensor]
 
 
