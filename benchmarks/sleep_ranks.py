@@ -125,7 +125,7 @@ def measure_here(task: Task) -> Ranks:
     rates[PLAIN] = rates.pop("reference")
     moved = {}
     if task.round_steps and world > 1:
-        moved = {name: _bytes_of(step, task.round_steps) for name, step in steps.items()}
+        moved = {name: _bytes_of(step, task.round_steps, lessons.device) for name, step in steps.items()}
     reductions = _reductions(lessons.device, sum(p.numel() for p in lessons.model().parameters())) if world > 1 else []
     for engine in engines:
         engine.close()
@@ -152,14 +152,14 @@ def _together(
     return visit
 
 
-def _bytes_of(step: Step, steps: int) -> float:
-    """Bytes that a rank sent and received in so many steps; the mean over the ranks."""
+def _bytes_of(step: Step, steps: int, device: torch.device) -> float:
+    """Bytes that a rank sent and received over sockets in so many steps; the mean over the ranks."""
     torch.distributed.barrier()
     before = sum(socket_bytes())
     for _ in range(steps):
         step()
     torch.distributed.barrier()
-    moved = torch.tensor([float(sum(socket_bytes()) - before)], dtype=torch.float64)
+    moved = torch.tensor([float(sum(socket_bytes()) - before)], dtype=torch.float64, device=device)
     torch.distributed.all_reduce(moved)
     return float(moved) / torch.distributed.get_world_size()
 
