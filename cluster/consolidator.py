@@ -7,7 +7,7 @@ import socket
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Protocol, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Protocol, Tuple
 
 import numpy as np
 import ray
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cluster.actors import configure_torch
 from cluster.releases import Shard, load_release, split, write_shard
+from cluster.training_state import RoundStates, read_state, write_state
 from nl_model.config import OptimizerConfig
 from nl_model.flops import forward_flops, full_step_flops
 from nl_model.model import NestedLM, autocast, resolve_device
@@ -29,6 +30,12 @@ from pipelines.probe import score
 from pipelines.setting import open_setting
 from pipelines.sleep import RoundBatches, RoundPlan, learning_rate
 from pipelines.student import expand, folded, receivers_due, student_step_flops
+
+if TYPE_CHECKING:
+    from cluster.engine import StudentEngine
+
+MOMENTS = "moments"
+"""Folder of a release that holds the optimizer's moments of the round that made it (sleep.keep_moments)."""
 
 
 class Batches(Protocol):
@@ -56,6 +63,8 @@ class RankResult:
     awake: Dict[str, float] = field(default_factory=dict)
     """The same of the awake model that the student started from."""
     optimizer_bytes: int = 0
+    resumed_at: int = 0
+    """Steps that an earlier attempt had done."""
     flops: float = 0.0
     """FLOPs of this rank, passes of guides and of whoever spoke included."""
 
@@ -114,11 +123,13 @@ class ConsolidationWorker:
         size = cfg.base.batch * cfg.pool.ranks
         batches = BaseBatches(sequences, size, cfg.run.seed)
         optimizer = OptimizerConfig(lr=cfg.base.lr)
+        states = self._states({"base": base_steps(cfg), "batch": size, "seed": cfg.run.seed})
         lesson = Lesson(cfg.sleep, base_steps(cfg), cfg.run.seed, model)
-        result, weights = self._train(lesson, batches, size, optimizer, neutral)
+        result, weights = self._train(lesson, batches, size, optimizer, neutral, states)
         tensors = {f"weight/{n}": t for n, t in weights.items()}
         tensors.update({f"offset/{n}": torch.zeros_like(weights[n]) for n in neutral})
         result.shard = write_shard(Path(directory), self.rank, self.world, self._share(tensors))
+        self._finish(states)
         return result
 
     def run_round(self, plan: RoundPlan, anchor_dir: str, directory: str, seen: List[str]) -> RankResult:
@@ -146,7 +157,10 @@ class ConsolidationWorker:
         if teacher is not None and cfg.sleep.guide == "stored":
             lesson.stored, lesson.passed = self._store_guides(Path(directory), batches.visited(plan.steps), teacher)
         self.step_flops = student_step_flops(student, expansion, cfg.sleep)
-        result, trained = self._train(lesson, batches, cfg.sleep.batch, cfg.sleep.optimizer, expansion.frozen)
+        states = self._states(plan.to_json())
+        kept = (Path(anchor_dir) / MOMENTS, Path(directory) / MOMENTS) if cfg.sleep.keep_moments else None
+        size, optimizer = cfg.sleep.batch, cfg.sleep.optimizer
+        result, trained = self._train(lesson, batches, size, optimizer, expansion.frozen, states, kept)
         if cfg.sleep.mode == "slots":
             plain, tokens = self._model(), batches.batch(0)[0][:, :-1].to(self.device)
             result.loss["fold"] = folded(plain, trained, expansion, cfg.sleep, plan.seed, tokens).divergence or 0.0
@@ -159,6 +173,7 @@ class ConsolidationWorker:
         mine = seen[self.rank :: self.world]
         result.candidate = score(candidate, self.probes, mine, cfg.compute.precision)
         result.awake = score(awake, self.probes, mine, cfg.compute.precision)
+        self._finish(states)
         return result
 
     def score_release(self, directory: str) -> Dict[str, float]:
@@ -179,6 +194,14 @@ class ConsolidationWorker:
         cfg = self.cfg
         return NestedLM(cfg.model, cfg.levels, self.setting.tokenizer.vocab_size).to(self.device)
 
+    def _states(self, key: Dict[str, Any]) -> RoundStates:
+        return RoundStates(self.run_dir / "checkpoints" / "pool", key, self.cfg.pool.checkpoint_every)
+
+    def _finish(self, states: RoundStates) -> None:
+        """The shard is on disk. Should another rank fail yet, the repeated attempt begins anew."""
+        if not self.rank:
+            states.clear()
+
     def _share(self, tensors: Dict[str, Tensor]) -> Dict[str, Tensor]:
         return {name: tensors[name] for name in sorted(tensors)[self.rank :: self.world]}
 
@@ -189,31 +212,69 @@ class ConsolidationWorker:
         batch: int,
         optimizer: OptimizerConfig,
         frozen: Iterable[str] = (),
+        states: Optional[RoundStates] = None,
+        kept: Optional[Tuple[Path, Path]] = None,
     ) -> Tuple[RankResult, Dict[str, Tensor]]:
-        """Train the student and return this rank's result and the full weights."""
+        """Train the student and return this rank's result and the full weights.
+
+        Args:
+            states: where it may go on from, and what it leaves on its way.
+            kept: directories of the moments it starts with, and of those it ends with.
+        """
         from cluster.engine import StudentEngine  # noqa: PLC0415
 
         cfg, steps, start = self.cfg, lesson.steps, time.perf_counter()
-        engine = StudentEngine(lesson.student, optimizer, cfg.pool.zero_stage, batch // self.world, frozen)
         result = RankResult(self.rank, Shard("", "", []), steps, 0.0)
         sums: Dict[str, List[float]] = {}
-        for step in range(steps):
+        state = states.newest() if states is not None else None
+        if state is not None:
+            load_into(lesson.student, state.weights())
+            result.resumed_at = state.step
+            progress = state.progress_of(self.rank, self.world)
+            lesson.trained, lesson.passed, sums = progress["trained"], progress["passed"], progress["losses"]
+        before = state if state is not None or kept is None else read_state(kept[0])
+        engine = StudentEngine(lesson.student, optimizer, cfg.pool, batch // self.world, frozen, before)
+        for step in range(result.resumed_at, steps):
             tokens, recent = (t.to(self.device) for t in batches.batch(step, self.rank, self.world))
-            with autocast(self.device, cfg.compute.precision):
-                keys = batches.keys(step, self.rank, self.world)
-                loss, parts = lesson.loss(step, engine, tokens, recent, keys)
-            engine.step(loss, learning_rate(optimizer.lr, step, steps))
-            self.done = (step + 1, steps, float(loss.detach()))
+            keys = batches.keys(step, self.rank, self.world)
+            found = self._step(engine, lesson, step, tokens, recent, keys, learning_rate(optimizer.lr, step, steps))
+            self.done = (step + 1, steps, found["total"])
             if step >= steps - max(1, steps // 5):
-                for name, value in {"total": loss.detach(), **parts}.items():
-                    sums.setdefault(name, []).append(float(value))
+                for name, value in found.items():
+                    sums.setdefault(name, []).append(value)
+            if states is not None:
+                so_far = {"trained": lesson.trained, "passed": lesson.passed, "losses": sums}
+                states.after(engine, step + 1, steps, so_far)
         result.loss = {name: sum(values) / len(values) for name, values in sums.items()}
         result.flops = self._flops(lesson)
         result.optimizer_bytes = engine.optimizer_bytes()
         weights = dict(engine.weights())
+        if kept is not None:
+            write_state(kept[1], engine, {"steps": steps}, steps, weights=False)
         engine.close()
         result.seconds = time.perf_counter() - start
         return result, weights
+
+    def _step(
+        self,
+        engine: StudentEngine,
+        lesson: Lesson,
+        step: int,
+        tokens: Tensor,
+        recent: Tensor,
+        keys: np.ndarray,
+        lr: float,
+    ) -> Dict[str, float]:
+        """One step in as many passes as the engine makes of it; returns the losses, means over the passes."""
+        found: Dict[str, List[Tensor]] = {}
+        for i in range(engine.passes):
+            rows = slice(i, None, engine.passes)  # every pass has its share of recent and of old experience
+            with autocast(self.device, self.cfg.compute.precision):
+                loss, parts = lesson.loss(step, engine, tokens[rows], recent[rows], keys[rows])
+            engine.step(loss, lr)
+            for name, value in {"total": loss.detach(), **parts}.items():
+                found.setdefault(name, []).append(value)
+        return {name: float(sum(values)) / len(values) for name, values in found.items()}
 
     def _flops(self, lesson: Lesson) -> float:
         shape = (self.cfg.model, self.cfg.levels, self.setting.tokenizer.vocab_size)

@@ -49,7 +49,7 @@ REMEDIES = {
 }
 ACTIVATIONS = {
     "learner": "lower wake.batch or model.context",
-    "pool rank": "lower sleep.batch, base.batch or model.context, or raise pool.ranks",
+    "pool rank": "set pool.micro_batch or pool.activation_checkpointing, lower model.context, or raise pool.ranks",
     "control": "lower wake.batch or model.context",
 }
 
@@ -133,14 +133,13 @@ def _rank(cfg: Config, vocab_size: int, total: int, release: int) -> Dict[str, i
     stage, ranks, weights = cfg.pool.zero_stage, cfg.pool.ranks, FLOAT * total
     share, bucket = -(-weights // ranks), FLOAT * min(total, BUCKET)
     gradients = {0: weights + 2 * bucket, 1: weights + share + 2 * bucket, 2: share + 3 * bucket, 3: 5 * bucket}
-    batch = -(-cfg.sleep.batch // ranks)
-    activations = activation_bytes(cfg, vocab_size, batch, False, 8) + passing_bytes(cfg, batch)
+    activations = _pass(cfg, vocab_size, -(-cfg.sleep.batch // ranks), 8)
     if cfg.base.checkpoint is None and cfg.base.tokens:
-        batch = cfg.base.batch
-        activations = max(activations, activation_bytes(cfg, vocab_size, batch, False, 4) + passing_bytes(cfg, batch))
+        activations = max(activations, _pass(cfg, vocab_size, cfg.base.batch, 4))
+    smaller = 2 if cfg.pool.bf16_weights else 1
     return {
-        "weights": share + FLOAT * min(total, LIVE) if stage == 3 else weights,
-        "gradients": gradients[stage],
+        "weights": (share + FLOAT * min(total, LIVE) if stage == 3 else weights) // smaller,
+        "gradients": gradients[stage] // smaller,
         "moments": _moments(cfg.sleep.optimizer.name) * (share if stage else weights),
         "master copy": share if stage else 0,
         "teacher": weights,
@@ -148,6 +147,21 @@ def _rank(cfg: Config, vocab_size: int, total: int, release: int) -> Dict[str, i
         "activations": activations,
         "releases": release + 2 * weights,  # the anchor's as read, the candidate as gathered and as scored
     }
+
+
+def _pass(cfg: Config, vocab_size: int, share: int, logits: int) -> int:
+    """Bytes of activations of one pass of a rank over `share` sequences, or over its micro-batch."""
+    batch = cfg.pool.micro_batch or share
+    kept = activation_bytes(cfg, vocab_size, batch, False, logits)
+    if cfg.pool.activation_checkpointing:  # what enters the blocks, and the widest of them as it is run again
+        model = cfg.model
+        blocks = [
+            [lv.width for lv in cfg.levels.values() if i in lv.block_indices(model.blocks)] for i in range(model.blocks)
+        ]
+        widest = max(11 * model.dim + sum(2 * (model.dim + width) for width in widths) for widths in blocks)
+        floats = (model.blocks + 3) * model.dim + logits * vocab_size + widest
+        kept = min(kept, FLOAT * floats * batch * model.context)
+    return kept + passing_bytes(cfg, batch)
 
 
 def processes(cfg: Config) -> Dict[str, int]:

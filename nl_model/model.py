@@ -11,6 +11,7 @@ from typing import Any, Dict, List, Mapping, Optional, Tuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from nl_model.attention import RotaryAttention, rotary_table
 from nl_model.config import LevelConfig, ModelConfig, check_levels
@@ -99,6 +100,8 @@ class NestedLM(Levelled):
         super().__init__(levels)
         self.wiring = cfg.wiring
         self.cfg, self.vocab_size = cfg, vocab_size
+        self.checkpointing = False
+        """Keep only what enters each block for the backward pass, and run the block again there."""
         self.embedding = nn.Embedding(vocab_size, cfg.dim)
         self.blocks = nn.ModuleList(
             Block(cfg, {n: levels[n].width for n in self.level_names if i in levels[n].block_indices(cfg.blocks)})
@@ -162,7 +165,11 @@ class NestedLM(Levelled):
         for index in range(first, last):
             block = self.blocks[index]
             replaced = self._replaced(index, weights) if weights else {}
-            x_BTD, state = block(x_BTD, rotary, None if states is None else states[index], replaced)
+            inputs = (x_BTD, rotary, None if states is None else states[index], replaced)
+            if self.checkpointing and torch.is_grad_enabled():
+                x_BTD, state = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BTD, state = block(*inputs)
             after.append(state)
         return x_BTD, tuple(after)
 

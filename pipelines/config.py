@@ -8,6 +8,7 @@ from typing import Dict, List, Optional
 from nl_model.config import LevelConfig, ModelConfig, OptimizerConfig, check_levels, in_tokens
 from pipelines.checks import at_least, one_of
 from pipelines.gate_config import GateConfig
+from pipelines.pool_config import PoolConfig
 from pipelines.sleep_config import SleepConfig
 
 SCHEDULES = ("sequential", "mixed", "soft")
@@ -130,30 +131,6 @@ class StoreConfig:
     def __post_init__(self) -> None:
         at_least("store.segment_rows", self.segment_rows, 1)
         at_least("store.checkpoint_every", self.checkpoint_every, 1)
-
-
-@dataclass(frozen=True)
-class PoolConfig:
-    """The consolidation pool: DeepSpeed ranks that sleep together."""
-
-    ranks: int = 2
-    """Number of DeepSpeed ranks."""
-    zero_stage: int = 2
-    """ZeRO stage of the student: 0, 1, 2 or 3."""
-    backend: str = "auto"
-    """Collectives: gloo, nccl, or auto (nccl where every rank has a GPU)."""
-    release_after_round: bool = False
-    """Give the pool's processes back after every round, and start them anew for the next."""
-    timeout: float = 60.0
-    """Seconds after which a silent collective is given up."""
-    start_timeout: float = 120.0
-    """Seconds to wait for the pool's processes to be placed and started."""
-
-    def __post_init__(self) -> None:
-        at_least("pool.ranks", self.ranks, 1)
-        if self.zero_stage not in (0, 1, 2, 3):
-            raise ValueError(f"pool.zero_stage={self.zero_stage} must be 0, 1, 2 or 3")
-        one_of("pool.backend", self.backend, ("auto", "gloo", "nccl"))
 
 
 @dataclass(frozen=True)
@@ -284,8 +261,7 @@ class Config:
                     f"levels.{name}.period={level.period} is not a multiple of one wake step "
                     f"(wake.batch={self.wake.batch} x model.context={self.model.context} = {step_tokens} tokens)"
                 )
-        if self.sleep.batch % self.pool.ranks:
-            raise ValueError(f"sleep.batch={self.sleep.batch} must be a multiple of pool.ranks={self.pool.ranks}")
+        self.pool.check(self.sleep.batch, self.base.batch, self.compute.precision)
         self.sleep.check_on_policy(self.model.context, self.pool.zero_stage)
         if self.base.checkpoint is None and self.base.tokens == 0 and self.base.sources:
             raise ValueError("base.tokens=0 leaves base.sources unused; drop them or give base.tokens")

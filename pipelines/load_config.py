@@ -20,7 +20,12 @@ from pipelines.config import Config
 SHIPPED = "pipelines.configs"
 PRESETS = "pipelines.presets"
 # Keys that say where and how fast a run computes, not what it computes: they may differ when a run is continued.
-FREE_ON_RESUME = ("run.root", "ray", "failures", "tracking", "pool.timeout", "pool.start_timeout", "control")
+FREE_ON_RESUME = (
+    *("run.root", "ray", "failures", "tracking", "control"),
+    *("pool.timeout", "pool.start_timeout", "pool.release_after_round", "pool.backend", "pool.checkpoint_every"),
+    # A pool of another size computes the same but for rounding: rounds, and what they left, know nothing of ranks.
+    *("pool.ranks", "pool.zero_stage", "pool.micro_batch", "pool.activation_checkpointing"),
+)
 
 
 def shipped_configs() -> List[str]:

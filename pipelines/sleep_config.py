@@ -88,6 +88,8 @@ class SleepConfig:
     """Reward for what the student says in such a step."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=2e-3))
     """Optimizer of the pool over all levels of the student; lr is the peak of a warmed-up cosine per round."""
+    keep_moments: bool = False
+    """Start a round with the optimizer's moments of the round that made its anchor, instead of with none."""
 
     def __post_init__(self) -> None:
         one_of("sleep.mode", self.mode, MODES)

@@ -183,6 +183,11 @@ def test_levels_that_form_no_hierarchy(write: Callable[[str], str], levels: str,
     [
         (["sleep.batch=9", "pool.ranks=2"], r"sleep\.batch=9 must be a multiple of pool\.ranks=2"),
         (["pool.ranks=0"], r"pool\.ranks=0 must be at least 1"),
+        (["pool.micro_batch=3"], r"sleep\.batch / pool\.ranks=4 must be a multiple of pool\.micro_batch=3"),
+        (["pool.micro_batch=4", "base.batch=6"], r"base\.batch=6 must be a multiple of pool\.micro_batch=4"),
+        (["pool.checkpoint_every=-1"], r"pool\.checkpoint_every=-1 must be at least 0"),
+        (["pool.bf16_weights=true"], r"pool\.bf16_weights=true .* compute\.precision=bf16"),
+        (["pool.bf16_weights=true", "pool.zero_stage=0"], r"pool\.bf16_weights=true .* pool\.zero_stage=1 to 3"),
         (["pool.zero_stage=4"], r"pool\.zero_stage=4"),
         (["base.tokens=0", "base.sources=[a]"], r"base\.tokens=0 leaves base\.sources unused"),
         (["run.name=a/b"], r"run\.name='a/b'"),
@@ -251,10 +256,11 @@ def test_differences_ignore_where_and_how_fast_a_run_computes() -> None:
         failures=replace(old.failures, pool=9),
         tracking=replace(old.tracking, uri="http://somewhere"),
         control=ControlConfig(enabled=False),
-        pool=replace(old.pool, timeout=1.0, start_timeout=2.0),
+        pool=PoolConfig(ranks=1, zero_stage=3, micro_batch=2, checkpoint_every=8, timeout=1.0, start_timeout=2.0),
     )
     assert differences(old, new) == []
-    assert [key for key, _, _ in differences(old, replace(old, pool=PoolConfig(ranks=1)))] == ["pool.ranks"]
+    bf16 = replace(old, pool=PoolConfig(bf16_weights=True), compute=replace(old.compute, precision="bf16"))
+    assert [key for key, _, _ in differences(old, bf16)] == ["compute.precision", "pool.bf16_weights"]
     assert [key for key, _, _ in differences(old, replace(old, run=replace(old.run, seed=1)))] == ["run.seed"]
 
 

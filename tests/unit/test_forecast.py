@@ -132,3 +132,19 @@ def test_a_model_beyond_every_machine_is_refused_unless_it_runs_elsewhere() -> N
     with pytest.raises(ValueError, match="this machine has"):
         forecast(config(*overrides), VOCAB)
     forecast(config(*overrides, "ray.address=auto"), VOCAB)
+
+
+def test_passes_and_checkpoints_spare_activations() -> None:
+    def kept(*overrides: str) -> int:
+        return estimate(config("model.blocks=8", *overrides), VOCAB)["pool rank"]["activations"]
+
+    whole = kept()
+    assert kept("pool.micro_batch=1") == whole // 4, "a rank's share is 4 sequences"
+    assert kept("pool.activation_checkpointing=true") < 0.7 * whole
+
+
+def test_bf16_weights_take_half() -> None:
+    half = ("pool.bf16_weights=true", "compute.precision=bf16")
+    full, small = (estimate(config(*more), VOCAB)["pool rank"] for more in ((), half))
+    for part, factor in {"weights": 2, "gradients": 2, "master copy": 1, "moments": 1}.items():
+        assert full[part] == pytest.approx(factor * small[part], abs=2)

@@ -207,3 +207,25 @@ def test_wrong_shapes_are_named(values: Dict[str, Any], key: str) -> None:
 def test_block_indices(blocks: str, indices: tuple[int, ...]) -> None:
     assert level(blocks=blocks).block_indices(4) == indices
     assert level(blocks="last_quarter").block_indices(1) == (0,)
+
+
+@pytest.mark.parametrize("mixer", ["attention", "titans"])
+def test_checkpointing_runs_blocks_again_for_exactly_the_same_gradients(
+    mixer: str, make_model: Callable[..., NestedLM], make_levels: Callable[..., Dict[str, LevelConfig]]
+) -> None:
+    model = make_model(make_levels(), dtype=torch.float64, shape=replace(SHAPE, mixer=mixer))
+    tokens = torch.randint(257, (3, SHAPE.context + 1), generator=torch.Generator().manual_seed(0))
+    runs: List[int] = []
+    model.blocks[0].register_forward_pre_hook(lambda module, inputs: runs.append(0))
+    found = []
+    for model.checkpointing in (False, True):
+        model.zero_grad()
+        loss = model.nll(tokens).mean()
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+        runs.append(1)
+    assert runs == [0, 1, 0, 0, 1]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    with torch.no_grad():
+        model.nll(tokens)
+    assert runs == [0, 1, 0, 0, 1, 0], "nothing is run twice where no gradient is taken"

@@ -1,0 +1,244 @@
+"""Sleep steps on real ranks: every ZeRO stage in turns with a plain loop that does the same maths.
+
+Shapes: B sequences of a step and rank, S = T + 1 tokens.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Dict, List, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.interleave import Rate, clock, interleave, one_thread
+from benchmarks.tables import Spread
+from benchmarks.traffic import socket_bytes
+from nl_model.losses import token_nll
+from nl_model.model import NestedLM, autocast, resolve_device
+from nl_model.optim.levelwise import build_optimizer
+from pipelines.config import Config
+from pipelines.sleep import guide_logits, sleep_loss
+from pipelines.tokens import build_tokenizer
+
+PLAIN, PARALLEL, AWAKE = "plain loop", "data-parallel", "wake step"
+STAGES = (0, 1, 2, 3)
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the ranks are to measure."""
+
+    cfg: Config
+    share: int
+    """Sequences per step and rank, whatever the number of ranks."""
+    repeats: int
+    steps: int = 2
+    """Steps per visit."""
+    round_steps: int = 0
+    """Steps whose bytes are counted; 0: none."""
+    stages: Tuple[int, ...] = STAGES
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What was measured on a number of ranks."""
+
+    world: int
+    rates: Dict[str, Rate]
+    """Tokens per CPU-second of all ranks together (per second of a GPU), and by the plain loop's on one rank."""
+    seconds: Dict[str, Spread]
+    """Wall seconds per step."""
+    moved: Dict[str, float] = field(default_factory=dict)
+    """Bytes per rank over `round_steps` steps, sent and received, by the kernel's counters."""
+    reductions: List[Tuple[float, float]] = field(default_factory=list)
+    """All-reduces: (bytes, seconds)."""
+
+
+def measure(task: Task, world: int) -> Ranks:
+    """Start ranks on this machine and measure. RuntimeError where one fails, ValueError for fewer than one."""
+    if world < 1:
+        raise ValueError(f"world={world} must be at least 1")
+    context = multiprocessing.get_context("spawn")
+    answers: Any = context.Queue()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    ranks = [context.Process(target=_run, args=(task, rank, world, port, answers)) for rank in range(world)]
+    for process in ranks:
+        process.start()
+    try:
+        while answers.empty():
+            if any(process.exitcode for process in ranks):
+                raise RuntimeError(f"a rank of {world} ended early; what it said stands above")
+            time.sleep(0.1)
+        found: Ranks = answers.get()
+        for process in ranks:
+            process.join(60)
+        return found
+    finally:
+        for process in ranks:
+            process.kill()
+
+
+def _run(task: Task, rank: int, world: int, port: int, answers: Any) -> None:
+    """One rank, from rendezvous to its end; rank 0 answers."""
+    device = resolve_device(task.cfg.compute.device)
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
+    from cluster.engine import join_group, pick_backend  # noqa: PLC0415 (after the accelerator is chosen)
+
+    if device.type == "cuda":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    join_group(rank, world, "127.0.0.1", port, pick_backend(task.cfg.pool.backend, device), task.cfg.pool.timeout)
+    with one_thread():
+        found = measure_here(task)
+    torch.distributed.barrier()
+    if not rank:
+        answers.put(found)
+    torch.distributed.destroy_process_group()
+
+
+def measure_here(task: Task) -> Ranks:
+    """Measure in the process group that is there. A collective; every rank gets the figures."""
+    world = torch.distributed.get_world_size()
+    lessons = Lessons(task)
+    steps: Dict[str, Step] = {AWAKE: lessons.awake()} if world == 1 else {PARALLEL: lessons.plain(parallel=True)}
+    engines = []
+    for stage in task.stages:
+        engine, step = lessons.sharded(stage)
+        engines.append(engine)
+        steps[f"ZeRO {stage}"] = step
+    alone = lessons.plain()
+    walls: Dict[str, List[float]] = {}
+    visits = {name: _together(name, step, task, lessons, walls, range(world)) for name, step in steps.items()}
+    reference = _together(PLAIN, alone, task, lessons, walls, range(1))
+    for visit in (reference, *visits.values()):
+        visit()  # the first steps make moments and buffers
+    walls.clear()
+    rates = interleave(reference, visits, task.repeats)
+    rates[PLAIN] = rates.pop("reference")
+    moved = {}
+    if task.round_steps and world > 1:
+        moved = {name: _bytes_of(step, task.round_steps, lessons.device) for name, step in steps.items()}
+    reductions = _reductions(lessons.device, sum(p.numel() for p in lessons.model().parameters())) if world > 1 else []
+    for engine in engines:
+        engine.close()
+    return Ranks(world, rates, {name: Spread.of(found) for name, found in walls.items()}, moved, reductions)
+
+
+def _together(
+    name: str, step: Step, task: Task, lessons: Lessons, walls: Dict[str, List[float]], busy: range
+) -> Callable[[], float]:
+    """Visits of a way on the busy ranks, while the others wait; a visit returns their CPU-seconds per token."""
+    working = torch.distributed.get_rank() in busy
+
+    def visit() -> float:
+        torch.distributed.barrier()
+        wall, start = time.perf_counter(), clock(lessons.device)
+        for _ in range(task.steps if working else 0):
+            step()
+        spent = torch.tensor([clock(lessons.device) - start if working else 0.0], device=lessons.device)
+        torch.distributed.barrier()
+        walls.setdefault(name, []).append((time.perf_counter() - wall) / task.steps)
+        torch.distributed.all_reduce(spent)
+        return float(spent) / (task.steps * lessons.step_tokens * len(busy))
+
+    return visit
+
+
+def _bytes_of(step: Step, steps: int, device: torch.device) -> float:
+    """Bytes that a rank sent and received over sockets in so many steps; the mean over the ranks."""
+    torch.distributed.barrier()
+    before = sum(socket_bytes())
+    for _ in range(steps):
+        step()
+    torch.distributed.barrier()
+    moved = torch.tensor([float(sum(socket_bytes()) - before)], dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(moved)
+    return float(moved) / torch.distributed.get_world_size()
+
+
+def _reductions(device: torch.device, numel: int, repeats: int = 9) -> List[Tuple[float, float]]:
+    """Median wall seconds of all-reduces, from a kilobyte to all weights."""
+    found = []
+    for size in sorted({256, 4096, numel // 16, numel // 4, numel}):
+        numbers, times = torch.ones(size, device=device), []
+        for _ in range(repeats):
+            torch.distributed.barrier()
+            start = time.perf_counter()
+            torch.distributed.all_reduce(numbers)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - start)
+        found.append((float(numbers.nbytes), Spread.of(times).median))
+    return found
+
+
+class Lessons:
+    """Models, batches and steps of one rank."""
+
+    def __init__(self, task: Task) -> None:
+        self.cfg, self.share = task.cfg, task.share
+        self.device = resolve_device(task.cfg.compute.device)
+        self.vocabulary = build_tokenizer(task.cfg.tokenizer, []).vocab_size
+        self.step_tokens = self.share * self.cfg.model.context
+        generator = torch.Generator().manual_seed(1 + torch.distributed.get_rank())
+        size = (self.share, self.cfg.model.context + 1)
+        self.tokens_BS = torch.randint(self.vocabulary, size, generator=generator).to(self.device)
+        self.recent_B = torch.arange(self.share, device=self.device) < round(self.cfg.sleep.recent * self.share)
+        self.teacher, self.anchor = self.model(), self.model()
+
+    def model(self) -> NestedLM:
+        """A model of the configuration, the same on every rank."""
+        model = NestedLM(self.cfg.model, self.cfg.levels, self.vocabulary)
+        return model.reset_parameters(self.cfg.run.seed).to(self.device)
+
+    def loss(self, student: Callable[[Tensor], Tensor]) -> Tensor:
+        """The loss of a sleep step, guides computed anew."""
+        sleep, tokens_BS = self.cfg.sleep, self.tokens_BS
+        with autocast(self.device, self.cfg.compute.precision):
+            teacher = self.teacher if sleep.teacher else None
+            guides = guide_logits(teacher, self.anchor if sleep.anchor else None, tokens_BS, self.recent_B)
+            return sleep_loss(student(tokens_BS[:, :-1]), tokens_BS, self.recent_B, guides, sleep)[0]
+
+    def plain(self, parallel: bool = False) -> Step:
+        """Steps without DeepSpeed: of one rank, or of all with torch's data-parallel gradients."""
+        cfg, model = self.cfg.sleep.optimizer, self.model()
+        student: Any = nn.parallel.DistributedDataParallel(model) if parallel else model
+        return self._stepper(model, cfg.clip, lambda: self.loss(student))
+
+    def awake(self) -> Step:
+        """Steps of the learner's levels alone, written at every one of them."""
+        model = self.model().train_only("learner")
+        return self._stepper(model, 0.0, lambda: token_nll(model(self.tokens_BS[:, :-1]), self.tokens_BS[:, 1:]).mean())
+
+    def _stepper(self, model: NestedLM, clip: float, loss: Callable[[], Tensor]) -> Step:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = build_optimizer(trained, self.cfg.sleep.optimizer)
+
+        def step() -> None:
+            loss().backward()
+            nn.utils.clip_grad_norm_(trained, clip or float("inf"))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return step
+
+    def sharded(self, stage: int) -> Tuple[Any, Step]:
+        """An engine of a ZeRO stage, and its steps."""
+        from cluster.engine import StudentEngine  # noqa: PLC0415
+
+        pool = replace(self.cfg.pool, zero_stage=stage)
+        engine = StudentEngine(self.model(), self.cfg.sleep.optimizer, pool, self.share)
+        lr: float = self.cfg.sleep.optimizer.lr
+
+        def step() -> None:
+            engine.step(self.loss(engine), lr)
+
+        return engine, step
