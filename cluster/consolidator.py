@@ -14,15 +14,18 @@ import torch
 from torch import Tensor
 
 from cluster.actors import configure_torch
-from cluster.releases import Shard, load_release, split, write_shard
+from cluster.judge import Judge, Verdict, candidate_identity
+from cluster.releases import Shard, inspect_shard, load_release, read_release, split, write_shard
 from nl_model.config import OptimizerConfig
 from nl_model.flops import forward_flops, full_step_flops
 from nl_model.model import NestedLM, autocast, resolve_device
 from nl_model.weights import load_into, load_tensors
 from pipelines.base import BaseBatches, base_sequences, base_steps
 from pipelines.config import Config
+from pipelines.evidence import ShardFacts
 from pipelines.experience import Snapshot
 from pipelines.probe import score
+from pipelines.replan import adjusted
 from pipelines.setting import open_setting
 from pipelines.sleep import RoundBatches, RoundPlan, guide_logits, learning_rate, sleep_loss
 
@@ -44,10 +47,8 @@ class RankResult:
     seconds: float
     loss: Dict[str, float] = field(default_factory=dict)
     """Means over the last fifth of the steps, on this rank's share."""
-    candidate: Dict[str, float] = field(default_factory=dict)
-    """Bits per byte of the student at rest, on the sources that this rank scored."""
-    awake: Dict[str, float] = field(default_factory=dict)
-    """The same of the awake model that the student started from."""
+    verdict: Verdict = field(default_factory=Verdict)
+    """What it measured on the sources that it scored."""
     optimizer_bytes: int = 0
     flops: float = 0.0
     """FLOPs of this rank, teacher and anchor passes included."""
@@ -63,6 +64,7 @@ class ConsolidationWorker:
         self.device = resolve_device(cfg.compute.device)
         self.setting = open_setting(cfg, tokenizer_state)
         self.probes = self.setting.probes()
+        self.judge = Judge(self.probes, cfg)
         self.done: Tuple[int, int, float] = (0, 0, 0.0)
         self.snapshot: Optional[Snapshot] = None
 
@@ -129,18 +131,23 @@ class ConsolidationWorker:
         load_into(anchor, weights)
         for model in (student, awake):
             load_into(model, {**weights, **{n: u + offset[n] for n, u in unshifted.items()}})
-        batches = RoundBatches(snapshot, plan, cfg.sleep)
-        teacher, old = awake if cfg.sleep.teacher else None, anchor if cfg.sleep.anchor else None
-        result, trained = self._train(student, batches, plan.steps, cfg.sleep.batch, cfg.sleep.optimizer, teacher, old)
+        sleep = adjusted(cfg.sleep, plan.recent_scale, plan.lr_scale)
+        batches = RoundBatches(snapshot, plan, sleep)
+        teacher, old = awake if sleep.teacher else None, anchor if sleep.anchor else None
+        result, trained = self._train(student, batches, plan.steps, sleep.batch, sleep.optimizer, teacher, old)
         tensors = {f"weight/{n}": t for n, t in trained.items()}
         tensors.update({f"offset/{n}": trained[n] - u for n, u in unshifted.items()})
-        result.shard = write_shard(Path(directory), self.rank, self.world, self._share(tensors))
+        identity = candidate_identity(plan, read_release(Path(anchor_dir)).fingerprint)
+        result.shard = write_shard(Path(directory), self.rank, self.world, self._share(tensors), identity)
         candidate = self._model()
         load_into(candidate, trained)
-        mine = seen[self.rank :: self.world]
-        result.candidate = score(candidate, self.probes, mine, cfg.compute.precision)
-        result.awake = score(awake, self.probes, mine, cfg.compute.precision)
+        mine, recent = seen[self.rank :: self.world], batches.recent_sources()
+        result.verdict = self.judge.measure(plan.anchor, candidate, anchor, awake, mine, recent)
         return result
+
+    def inspect(self, directory: str, files: List[str]) -> List[ShardFacts]:
+        """Read back shards of a candidate that other ranks wrote (with one rank its own)."""
+        return [inspect_shard(Path(directory) / file) for file in files[(self.rank + 1) % self.world :: self.world]]
 
     def score_release(self, directory: str) -> Dict[str, float]:
         """Bits per byte of a release at rest on this rank's share of all sources."""

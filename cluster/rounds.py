@@ -7,16 +7,20 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from ray.exceptions import RayError
 
 from cluster.consolidator import RankResult
 from cluster.failures import Budgets
-from cluster.releases import Release, Releases, shards_fingerprint
+from cluster.judge import candidate_identity
+from cluster.releases import Release, Releases, layout, shards_fingerprint
 from cluster.worker_group import PoolError, WorkerGroup
 from pipelines.config import Config
+from pipelines.evidence import Evidence, ShardFacts, Storage
 from pipelines.gate import Decision, decide
+from pipelines.probe import Score
+from pipelines.replan import Adjustment
 from pipelines.sleep import RoundPlan, num_steps
 
 logger = logging.getLogger(__name__)
@@ -49,6 +53,9 @@ class Outcome:
             "release": release,
             "steps": self.plan.steps,
             "seconds": self.seconds,
+            "recent_scale": self.plan.recent_scale,
+            "lr_scale": self.plan.lr_scale,
+            "fingerprint": shards_fingerprint([rank.shard for rank in self.ranks]),
             "decision": self.decision.word,
             "reason": self.decision.reason,
             "figures": self.decision.figures,
@@ -71,7 +78,14 @@ class RoundRunner:
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rounds")
         self.stopping = False
 
-    def plan(self, number: int, mark: Dict[str, Any], consolidated_key: int, live: int) -> RoundPlan:
+    def plan(
+        self,
+        number: int,
+        mark: Dict[str, Any],
+        consolidated_key: int,
+        live: int,
+        adjustment: Adjustment = Adjustment(),  # noqa: B008 (frozen)
+    ) -> RoundPlan:
         """The plan of a round over everything between the last consolidated key and a mark."""
         recent = mark["last_key"] - consolidated_key
         return RoundPlan(
@@ -84,11 +98,18 @@ class RoundRunner:
             tokens=mark["tokens"],
             steps=num_steps(self.cfg.sleep, recent),
             seed=self.cfg.run.seed * 1_000_003 + number,
+            recent_scale=adjustment.recent_scale,
+            lr_scale=adjustment.lr_scale,
         )
 
-    def start(self, plan: RoundPlan, seen: List[str], anchor_row: Dict[str, float]) -> Future[Outcome]:
-        """Run a round in the background."""
-        return self.thread.submit(self._run, plan, seen, anchor_row)
+    def start(self, plan: RoundPlan, seen: List[str], best: Dict[str, float]) -> Future[Outcome]:
+        """Run a round in the background.
+
+        Args:
+            seen: sources that the gate counts.
+            best: best bits per byte so far by source, of every source that is probed.
+        """
+        return self.thread.submit(self._run, plan, seen, best)
 
     def with_pool(self, call: Callable[[WorkerGroup], Any]) -> Any:
         """Call something on a started pool, restarting it within the budget where a rank dies."""
@@ -104,14 +125,17 @@ class RoundRunner:
                 left = self.budgets.spend("pool", error)
                 self.emit("failure", part="pool", error=str(error), restarts_left=left)
 
-    def _run(self, plan: RoundPlan, seen: List[str], anchor_row: Dict[str, float]) -> Outcome:
+    def _run(self, plan: RoundPlan, seen: List[str], best: Dict[str, float]) -> Outcome:
         start = time.perf_counter()
-        number, sources = plan.anchor + 1, list(anchor_row)
+        number, sources = plan.anchor + 1, list(best)
 
-        def attempt(group: WorkerGroup) -> List[RankResult]:
+        def attempt(group: WorkerGroup) -> Tuple[List[RankResult], List[ShardFacts]]:
             directory = self.releases.prepare(number)
             anchor = str(self.releases.directory(plan.anchor))
-            return group.collect(group.async_call("run_round", plan, anchor, str(directory), sources))
+            ranks = group.collect(group.async_call("run_round", plan, anchor, str(directory), sources))
+            files = [rank.shard.file for rank in ranks]
+            found = group.collect(group.async_call("inspect", str(directory), files))
+            return ranks, [facts for part in found for facts in part]
 
         self.emit(
             "round_started",
@@ -122,15 +146,47 @@ class RoundRunner:
             ranks=self.cfg.pool.ranks,
             zero_stage=self.cfg.pool.zero_stage,
         )
-        ranks: List[RankResult] = self.with_pool(attempt)
+        ranks, found = self.with_pool(attempt)
         self.budgets.refill("pool")
-        candidate = {s: v for rank in ranks for s, v in rank.candidate.items()}
-        awake = {s: v for rank in ranks for s, v in rank.awake.items()}
-        decision = decide(candidate, anchor_row, awake, seen, self.cfg.gate)
+        decision = decide(self._evidence(plan, ranks, found, seen, best), self.cfg.gate)
         outcome = Outcome(plan, ranks, decision, time.perf_counter() - start, self.group.backend)
         if self.cfg.pool.release_after_round:
             self.group.kill()
         return outcome
+
+    def _evidence(
+        self,
+        plan: RoundPlan,
+        ranks: Sequence[RankResult],
+        found: Sequence[ShardFacts],
+        seen: Sequence[str],
+        best: Mapping[str, float],
+    ) -> Evidence:
+        """What the gate judges, put together from the ranks' shares."""
+
+        def merged(side: str) -> Dict[str, Score]:
+            return {source: score for rank in ranks for source, score in getattr(rank.verdict, side).items()}
+
+        anchor = self.releases.read(plan.anchor)
+        past = [self.releases.read(number) for number in self.releases.numbers()]
+        storage = Storage(
+            identity=candidate_identity(plan, anchor.fingerprint),
+            claims=[rank.shard for rank in ranks],
+            found=found,
+            wanted=layout(self.releases.directory(plan.anchor)),
+            releases={release.weights: release.number for release in past if release.shards[0].digests},
+        )
+        return Evidence(
+            candidate=merged("candidate"),
+            anchor=merged("anchor"),
+            awake=merged("awake"),
+            seen=seen,
+            recent=ranks[0].verdict.recent,
+            storage=storage,
+            divergence={s: kl for rank in ranks for s, kl in rank.verdict.divergence.items()},
+            best=best,
+            seed=self.cfg.run.seed,
+        )
 
     def settle(self, outcome: Outcome) -> Optional[int]:
         """Publish a promoted candidate as the next release, or remove it. Returns the release's number, if any."""

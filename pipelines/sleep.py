@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -42,6 +42,10 @@ class RoundPlan:
     """Steps to train."""
     seed: int
     """Seed of its batches."""
+    recent_scale: float = 1.0
+    """Factor of sleep.recent (pipelines/replan.py)."""
+    lr_scale: float = 1.0
+    """Factor of the pool's step size."""
 
     def to_json(self) -> Dict[str, Any]:
         """As a JSON-able mapping."""
@@ -91,6 +95,11 @@ class RoundBatches:
                 source_cap=cfg.source_cap,
             )
         self.num_old = cfg.batch - self.num_recent
+
+    def recent_sources(self) -> List[str]:
+        """Sources of the recent experience, by name."""
+        names = self.snapshot.sources
+        return sorted(names[i] for i in np.unique(self.snapshot.source_ids[self.recent_rows]))
 
     def rows(self, step: int) -> Tuple[np.ndarray, np.ndarray]:
         """Row numbers (B,) of a step, and which of them are recent (B,) bool."""
