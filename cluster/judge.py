@@ -1,4 +1,4 @@
-"""A rank's part of the gate: it measures a candidate on its share of the probes, beside the anchor and the awake model."""
+"""A rank's part of the gate: a candidate is measured on its share of the probes, beside anchor and awake model."""
 
 from __future__ import annotations
 

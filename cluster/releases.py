@@ -61,6 +61,8 @@ class Release:
     """The round's record: steps, seconds, decision, gate figures."""
     restores: Optional[int] = None
     """Release that this one makes live again, tensor by tensor (a rollback)."""
+    audit: Dict[str, Any] = field(default_factory=dict)
+    """Length and head of the audit log before the decision that made it live."""
 
     @property
     def weights(self) -> str:
@@ -145,9 +147,7 @@ def split(tensors: Mapping[str, Tensor], prefix: str) -> Dict[str, Tensor]:
     return {n.removeprefix(f"{prefix}/"): t for n, t in tensors.items() if n.startswith(f"{prefix}/")}
 
 
-def write_shard(
-    directory: Path, rank: int, world: int, tensors: Mapping[str, Tensor], candidate: str = ""
-) -> Shard:
+def write_shard(directory: Path, rank: int, world: int, tensors: Mapping[str, Tensor], candidate: str = "") -> Shard:
     """Write one rank's shard of a candidate; `candidate` is the identity that its shards share."""
     file = f"shard-{rank:05d}-of-{world:05d}.safetensors"
     digest = save_tensors(directory / file, tensors, {"rank": rank, "world": world, "candidate": candidate})

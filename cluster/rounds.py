@@ -188,8 +188,12 @@ class RoundRunner:
             seed=self.cfg.run.seed,
         )
 
-    def settle(self, outcome: Outcome) -> Optional[int]:
-        """Publish a promoted candidate as the next release, or remove it. Returns the release's number, if any."""
+    def settle(self, outcome: Outcome, audit: Dict[str, Any]) -> Optional[int]:
+        """Publish a promoted candidate as the next release, or remove it. Returns the release's number, if any.
+
+        Args:
+            audit: end of the audit log so far, kept in the release's index.
+        """
         plan, number = outcome.plan, outcome.plan.anchor + 1
         if not outcome.decision.promoted:
             self.releases.discard(number)
@@ -206,6 +210,7 @@ class RoundRunner:
                 fingerprint=shards_fingerprint(shards),
                 shards=shards,
                 record=outcome.record(number),
+                audit={key: audit[key] for key in ("length", "head") if key in audit},
             )
         )
         return number

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ from rich.console import Console
 from cluster.coordinator import Coordinator
 from cluster.export import keep_tokenizer
 from cluster.failures import RunFailed, Stopped
+from cluster.history import hold_lock
 from cluster.live import LiveView
 from cluster.tracking_client import TrackingClient
 from nl_model.model import resolve_device
@@ -34,7 +34,19 @@ from pipelines.setting import Setting, open_setting
 from pipelines.tracking import default_uri
 
 logger = logging.getLogger(__name__)
-TRACKED = ("run.", "model.", "levels.", "sleep.", "wake.", "pool.", "stream.schedule", "base.", "gate.", "compute.")
+TRACKED = (
+    "run.",
+    "model.",
+    "levels.",
+    "sleep.",
+    "wake.",
+    "when.",
+    "pool.",
+    "stream.schedule",
+    "base.",
+    "gate.",
+    "compute.",
+)
 
 
 GRACE = 2.2
@@ -219,11 +231,7 @@ def check_run_dir(run_dir: Path, cfg: Config) -> bool:
 def create_run_dir(run_dir: Path, cfg: Config) -> Any:
     """Create the run directory and hold its lock; ValueError where another process runs it."""
     (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-    lock = open(run_dir / ".lock", "a")  # noqa: SIM115 (held for the life of the run)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{run_dir} is being run by another process; wait for it or choose another run.name") from None
+    lock = hold_lock(run_dir)
     write_durably(run_dir / "config.yaml", to_yaml(cfg).encode())
     return lock
 

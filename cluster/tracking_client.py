@@ -73,6 +73,11 @@ class TrackingClient:
             digest = releases.read(number).fingerprint
             self._send("register_release", str(releases.directory(number)), number, record["id"], digest)
 
+    def register(self, number: int, releases: Releases) -> None:
+        """Make a release that no round made a model version and the champion."""
+        digest = releases.read(number).fingerprint
+        self._send("register_release", str(releases.directory(number)), number, None, digest)
+
     def finish(self, status: str, artifacts: List[Path], timeout: float) -> None:
         """Write all that is left and end the parent run; waits for it, but not longer than `timeout` seconds."""
         self._reap()

@@ -1,4 +1,4 @@
-"""Intervals of differences between two models on the same probes: paired bootstrap (Efron & Tibshirani, 1993, ch. 13)."""
+"""Intervals of differences between two models on the same probes: paired bootstrap (Efron & Tibshirani, 1993)."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from nl_model.config import LevelConfig, ModelConfig, OptimizerConfig, check_lev
 from pipelines.checks import at_least, one_of
 from pipelines.gate_config import GateConfig
 from pipelines.sleep_config import SleepConfig
+from pipelines.trigger_config import WhenConfig
 
 SCHEDULES = ("sequential", "mixed", "soft")
 TOKENIZERS = ("byte", "bpe")
@@ -261,6 +262,7 @@ class Config:
     stream: StreamConfig = field(default_factory=StreamConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
     wake: WakeConfig = field(default_factory=WakeConfig)
+    when: WhenConfig = field(default_factory=WhenConfig)
     sleep: SleepConfig = field(default_factory=SleepConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
@@ -274,6 +276,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.control.enabled and not self.control.learning_rates:
             raise ValueError("control.learning_rates is empty; give step sizes to try, or control.enabled=false")
+        if self.run.deterministic:
+            self.when.check_deterministic()
         step_tokens = self.wake.batch * self.model.context
         # From here on every period counts tokens.
         object.__setattr__(self, "levels", in_tokens(self.levels, step_tokens))

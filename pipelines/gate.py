@@ -88,7 +88,9 @@ def _shard_fault(storage: Storage) -> Optional[str]:
         if shard.sha256 != claim.sha256:
             return f"{claim.file} is damaged: sha256 {shard.sha256[:12]}, its writer says {claim.sha256[:12]}"
         if (shard.rank, shard.world) != (rank, len(storage.claims)):
-            return f"{claim.file} is the shard of rank {shard.rank} of {shard.world}, not {rank} of {len(storage.claims)}"
+            return (
+                f"{claim.file} is the shard of rank {shard.rank} of {shard.world}, not {rank} of {len(storage.claims)}"
+            )
         if shard.candidate != storage.identity:
             return f"{claim.file} belongs to another candidate"
         if sorted(shard.tensors) != sorted(claim.tensors):
@@ -154,9 +156,8 @@ def check_forgetting(evidence: Evidence, comparison: Comparison, cfg: GateConfig
         budget, interval = cfg.budgets.get(source, cfg.max_forgetting), intervals[source]
         key = f"gate.budgets.{source}" if source in cfg.budgets else "gate.max_forgetting"
         if interval.end(cfg.bound) > budget:
-            over.append(
-                f"forgets {source} by {interval.end(cfg.bound):.3f} bits per byte{_which(cfg)}, more than {key}={budget}"
-            )
+            lost = f"{interval.end(cfg.bound):.3f} bits per byte{_which(cfg)}"
+            over.append(f"forgets {source} by {lost}, more than {key}={budget}")
         if source in evidence.best:
             drift[source] = evidence.candidate[source].bpb - evidence.best[source]
             if drift[source] + interval.end(cfg.bound) - interval.mean > cfg.max_drift:

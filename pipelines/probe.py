@@ -61,7 +61,7 @@ def score(
 def prompt_divergence(
     model: NestedLM, anchor: NestedLM, probe: Probe, prompts: int, seed: int, precision: str = "fp32"
 ) -> float:
-    """Mean KL(anchor || model) in nats per token over fixed prompts: seeded sequences of a probe, the same every time."""
+    """Mean KL(anchor || model) in nats per token over fixed prompts: sequences of a probe, seeded."""
     device = next(model.parameters()).device
     rows = np.random.default_rng(seed).permutation(len(probe.tokens))[:prompts]
     inputs_BT = torch.from_numpy(probe.tokens[np.sort(rows)].astype(np.int64)).to(device)[:, :-1]

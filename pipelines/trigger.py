@@ -145,7 +145,8 @@ class Trigger:
         """Everything a resume needs, as a JSON-able mapping."""
         drift = {key: getattr(self.drift, key) for key in ("count", "mean", "squares", "excess")}
         wanted = self.wanted.to_json() if self.wanted is not None else None
-        return {"last_mark": self.last_mark, "passed": self.now() - self.since, "wanted": wanted, "drift": drift}
+        passed = self.now() - self.since if "time" in self.cfg.policies else 0.0  # else a checkpoint knows no clock
+        return {"last_mark": self.last_mark, "passed": passed, "wanted": wanted, "drift": drift}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take over what `state` returned."""

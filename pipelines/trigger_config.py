@@ -18,13 +18,13 @@ class WhenConfig:
 
     policies: List[str] = field(default_factory=lambda: ["tokens"])
     """tokens: every period of the pool's fastest level. time: every when.seconds. surprise: the online loss has shifted
-    upwards. saturation: the fast levels have moved far from their rest. idle: the stream pauses. Its end always counts."""
+    upwards. saturation: the fast levels are far from their rest. idle: the stream pauses. Its end always counts."""
     least: float = 0.1
     """Least share of that period between two rounds (policy tokens excepted)."""
     seconds: float = 3600.0
     """Seconds of wall time between rounds."""
     drift_slack: float = 0.5
-    """Shift of the online loss that is put up with, in standard deviations of its steps (half the shift to be found)."""
+    """Shift of the online loss that is put up with, in standard deviations (half the shift to be found)."""
     drift_threshold: float = 10.0
     """Accumulated excess over it that means a change, in standard deviations."""
     drift_warmup: int = 32
@@ -50,5 +50,5 @@ class WhenConfig:
         for policy in self.policies:
             if policy in BY_THE_CLOCK:
                 raise ValueError(
-                    f"when.policies has {policy!r}, which goes by the clock, and run.deterministic=true; drop one of them"
+                    f"when.policies has {policy!r}, which goes by the clock, but run.deterministic=true; drop one"
                 )
