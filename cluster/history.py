@@ -7,15 +7,18 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
+from cluster.ledger import Ledger, audit_errors, known_heads
 from cluster.releases import Release, Releases, copy_release, inspect_shard
 from cluster.state import FILE as STATE
-from cluster.state import RunState
+from cluster.state import Phase, RunState
+from cluster.tracking_arguments import tracking_arguments
 from pipelines.audit import FILE, GENESIS, Verification, read_audit, verify
 from pipelines.config import Config
 from pipelines.events import EventLog
 from pipelines.load_config import load_config
+from pipelines.tracking import Tracking
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +71,6 @@ def rollback(run_dir: Path, to: int) -> Rollback:
 
 def verify_audit(run_dir: Path) -> Verification:
     """Check a run's audit log against itself, the coordinator's state and the releases; ValueError for no run."""
-    from cluster.ledger import audit_errors, known_heads  # noqa: PLC0415 (loads Ray)
-
     _read_config(run_dir)
     state, releases = RunState.load(run_dir), Releases(run_dir / "releases")
     length, head = int(state.audit.get("length", 0)), str(state.audit.get("head", GENESIS))
@@ -137,8 +138,6 @@ def _check_shards(directory: Path, release: Release) -> None:
 
 
 def _enter(cfg: Config, run_dir: Path, state: RunState, release: Release) -> None:
-    from cluster.ledger import Ledger  # noqa: PLC0415 (loads Ray)
-
     with EventLog(run_dir / "events.jsonl") as journal:
         sources = list(state.rows[0]["bpb"])
         Ledger(cfg, run_dir, state, sources, journal.emit).restored(release)
@@ -146,13 +145,9 @@ def _enter(cfg: Config, run_dir: Path, state: RunState, release: Release) -> Non
 
 def _track(cfg: Config, run_dir: Path, releases: Releases, release: Release, state: RunState) -> bool:
     """Tell MLflow: a new model version, which the alias champion moves to."""
-    from cluster.run import tracking_arguments  # noqa: PLC0415 (loads Ray)
-    from cluster.state import Phase  # noqa: PLC0415
-    from pipelines.tracking import Tracking  # noqa: PLC0415
-
-    tracking: Any = Tracking(**tracking_arguments(cfg, run_dir))
+    tracking = Tracking(**tracking_arguments(cfg, run_dir))
     tracking.register_release(releases.directory(release.number), release.number, None, release.fingerprint)
     complete = tracking.finish("FINISHED" if state.phase is Phase.FINISHED else "KILLED")
     if not complete:
         logger.warning("MLflow did not take the rollback; the alias champion moves once the run goes on")
-    return bool(complete)
+    return complete

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence
 
-from cluster.learner import Mark
 from cluster.releases import Release, Releases
 from cluster.state import RunState
-from cluster.tracking_client import TrackingClient
 from pipelines.audit import FILE, AuditLog, Chain
 from pipelines.config import Config
 from pipelines.replan import Adjustment, adjustment
+
+if TYPE_CHECKING:  # both load Ray, which a rollback has no use for
+    from cluster.learner import Mark
+    from cluster.tracking_client import TrackingClient
 
 FIGURES = ("mean_change", "worst", "recent", "checks")
 """Of a decision's figures, those that stand in the audit log beside the scores."""

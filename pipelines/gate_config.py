@@ -29,7 +29,7 @@ class GateConfig:
     max_awake_loss: float = 0.1
     """Most a candidate may lose on the recent sources' mean against the awake model, at the favourable end."""
     max_divergence: float = 1.0
-    """Most nats per token (KL) by which a candidate may part from the anchor on prompts of older sources, on average."""
+    """Most nats per token (KL) by which a candidate may part from the anchor on older sources' prompts, on average."""
     bound: str = "mean"
     """What is held against the first four budgets: the mean of a change, or an end of its interval. low: rejects only
     what surely loses too much. high: promotes only what surely does not."""
