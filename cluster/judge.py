@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import Dict, List, Mapping
+from typing import Dict, List, Mapping, Sequence
 
+from cluster.releases import Releases, Shard, layout
 from nl_model.model import NestedLM
 from pipelines.config import Config
+from pipelines.evidence import Evidence, ShardFacts, Storage
 from pipelines.probe import Score, measure, prompt_divergence
 from pipelines.sleep import RoundPlan
 from pipelines.stream import Probe
@@ -68,3 +70,38 @@ def candidate_identity(plan: RoundPlan, anchor: str) -> str:
     counts how often the store was opened."""
     parts = {key: value for key, value in plan.to_json().items() if key != "snapshot"}
     return hashlib.sha256(json.dumps([parts, anchor], sort_keys=True).encode()).hexdigest()
+
+
+def gather_storage(
+    releases: Releases, plan: RoundPlan, shards: Sequence[Shard], found: Sequence[ShardFacts]
+) -> Storage:
+    """A candidate as files: what its writers say, what was read back, and what a release of this run holds."""
+    past = [releases.read(number) for number in releases.numbers()]
+    return Storage(
+        identity=candidate_identity(plan, releases.read(plan.anchor).fingerprint),
+        claims=shards,
+        found=found,
+        wanted=layout(releases.directory(plan.anchor)),
+        releases={release.weights: release.number for release in reversed(past) if release.shards[0].digests},
+    )
+
+
+def gather_evidence(
+    verdicts: Sequence[Verdict], storage: Storage, seen: Sequence[str], best: Mapping[str, float], seed: int
+) -> Evidence:
+    """What the gate judges, put together from the ranks' shares."""
+
+    def merged(side: str) -> Dict[str, Score]:
+        return {source: score for verdict in verdicts for source, score in getattr(verdict, side).items()}
+
+    return Evidence(
+        candidate=merged("candidate"),
+        anchor=merged("anchor"),
+        awake=merged("awake"),
+        seen=seen,
+        recent=verdicts[0].recent,
+        storage=storage,
+        divergence={source: kl for verdict in verdicts for source, kl in verdict.divergence.items()},
+        best=best,
+        seed=seed,
+    )

@@ -7,19 +7,18 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from ray.exceptions import RayError
 
 from cluster.consolidator import RankResult
 from cluster.failures import Budgets
-from cluster.judge import candidate_identity
-from cluster.releases import Release, Releases, layout, shards_fingerprint
+from cluster.judge import gather_evidence, gather_storage
+from cluster.releases import Release, Releases, shards_fingerprint
 from cluster.worker_group import PoolError, WorkerGroup
 from pipelines.config import Config
-from pipelines.evidence import Evidence, ShardFacts, Storage
+from pipelines.evidence import ShardFacts
 from pipelines.gate import Decision, decide
-from pipelines.probe import Score
 from pipelines.replan import Adjustment
 from pipelines.sleep import RoundPlan, num_steps
 
@@ -148,45 +147,14 @@ class RoundRunner:
         )
         ranks, found = self.with_pool(attempt)
         self.budgets.refill("pool")
-        decision = decide(self._evidence(plan, ranks, found, seen, best), self.cfg.gate)
+        shards, verdicts = [rank.shard for rank in ranks], [rank.verdict for rank in ranks]
+        storage = gather_storage(self.releases, plan, shards, found)
+        evidence = gather_evidence(verdicts, storage, seen, best, self.cfg.run.seed)
+        decision = decide(evidence, self.cfg.gate)
         outcome = Outcome(plan, ranks, decision, time.perf_counter() - start, self.group.backend)
         if self.cfg.pool.release_after_round:
             self.group.kill()
         return outcome
-
-    def _evidence(
-        self,
-        plan: RoundPlan,
-        ranks: Sequence[RankResult],
-        found: Sequence[ShardFacts],
-        seen: Sequence[str],
-        best: Mapping[str, float],
-    ) -> Evidence:
-        """What the gate judges, put together from the ranks' shares."""
-
-        def merged(side: str) -> Dict[str, Score]:
-            return {source: score for rank in ranks for source, score in getattr(rank.verdict, side).items()}
-
-        anchor = self.releases.read(plan.anchor)
-        past = [self.releases.read(number) for number in self.releases.numbers()]
-        storage = Storage(
-            identity=candidate_identity(plan, anchor.fingerprint),
-            claims=[rank.shard for rank in ranks],
-            found=found,
-            wanted=layout(self.releases.directory(plan.anchor)),
-            releases={release.weights: release.number for release in past if release.shards[0].digests},
-        )
-        return Evidence(
-            candidate=merged("candidate"),
-            anchor=merged("anchor"),
-            awake=merged("awake"),
-            seen=seen,
-            recent=ranks[0].verdict.recent,
-            storage=storage,
-            divergence={s: kl for rank in ranks for s, kl in rank.verdict.divergence.items()},
-            best=best,
-            seed=self.cfg.run.seed,
-        )
 
     def settle(self, outcome: Outcome, audit: Dict[str, Any]) -> Optional[int]:
         """Publish a promoted candidate as the next release, or remove it. Returns the release's number, if any.
