@@ -101,6 +101,7 @@ def rollback(
     to: int = typer.Option(..., "--to", metavar="RELEASE", help="Number of an earlier release."),
 ) -> None:
     """Make an earlier release live again, as a new release with the same weights; `run` goes on from there."""
+    from cluster.history import announce  # noqa: PLC0415
     from cluster.history import rollback as restore  # noqa: PLC0415
 
     done = restore(run_dir, to)
@@ -108,6 +109,7 @@ def rollback(
         f"release {done.release.number} has the weights of release {to} and is live instead of {done.replaced} "
         f"({done.seconds:.1f} s, fingerprint {done.release.fingerprint})"
     )
+    announce(run_dir, done.release)
 
 
 @app.command("import")

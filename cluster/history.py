@@ -32,9 +32,7 @@ class Rollback:
     replaced: int
     """Release that was live before."""
     seconds: float
-    """Until the old weights were live again, MLflow not included."""
-    tracked: bool
-    """Whether MLflow knows of it already; else it will once the run goes on."""
+    """Until the old weights were live again."""
 
 
 def hold_lock(run_dir: Path) -> IO[str]:
@@ -53,6 +51,7 @@ def rollback(run_dir: Path, to: int) -> Rollback:
 
     The new release holds the same tensors as release `to`, bit by bit, and its last key: what was experienced since
     counts as recent again in the next round. The same `run` command goes on from there; the learner adopts it then.
+    MLflow is told by `announce`.
 
     Raises:
         ValueError: no such run or release, it is live already, it is damaged, or the run is going on.
@@ -64,14 +63,12 @@ def rollback(run_dir: Path, to: int) -> Rollback:
         release = _publish(releases, state, to)
         replaced = state.live
         _enter(cfg, run_dir, state, release)
-        seconds = time.perf_counter() - start
-        tracked = _track(cfg, run_dir, releases, release, state)
-    return Rollback(release, replaced, seconds, tracked)
+    return Rollback(release, replaced, time.perf_counter() - start)
 
 
 def verify_audit(run_dir: Path) -> Verification:
     """Check a run's audit log against itself, the coordinator's state and the releases; ValueError for no run."""
-    _read_config(run_dir)
+    _check_run(run_dir)
     state, releases = RunState.load(run_dir), Releases(run_dir / "releases")
     length, head = int(state.audit.get("length", 0)), str(state.audit.get("head", GENESIS))
     found = verify(run_dir / FILE, length, head, known_heads(releases))
@@ -80,11 +77,14 @@ def verify_audit(run_dir: Path) -> Verification:
     return found
 
 
-def _read_config(run_dir: Path) -> Config:
-    config = run_dir / "config.yaml"
-    if not config.is_file():
+def _check_run(run_dir: Path) -> None:
+    if not (run_dir / "config.yaml").is_file():
         raise ValueError(f"{run_dir} is no run directory: it has no config.yaml; name a directory like runs/NAME")
-    return load_config(str(config))
+
+
+def _read_config(run_dir: Path) -> Config:
+    _check_run(run_dir)
+    return load_config(str(run_dir / "config.yaml"))
 
 
 def _publish(releases: Releases, state: RunState, to: int) -> Release:
@@ -143,10 +143,13 @@ def _enter(cfg: Config, run_dir: Path, state: RunState, release: Release) -> Non
         Ledger(cfg, run_dir, state, sources, journal.emit).restored(release)
 
 
-def _track(cfg: Config, run_dir: Path, releases: Releases, release: Release, state: RunState) -> bool:
-    """Tell MLflow: a new model version, which the alias champion moves to."""
+def announce(run_dir: Path, release: Release) -> bool:
+    """Tell MLflow of a rollback: a new model version, which the alias champion moves to. Returns whether it took it;
+    else it hears of it when the run goes on."""
+    cfg, state = _read_config(run_dir), RunState.load(run_dir)
     tracking = Tracking(**tracking_arguments(cfg, run_dir))
-    tracking.register_release(releases.directory(release.number), release.number, None, release.fingerprint)
+    directory = Releases(run_dir / "releases").directory(release.number)
+    tracking.register_release(directory, release.number, None, release.fingerprint)
     complete = tracking.finish("FINISHED" if state.phase is Phase.FINISHED else "KILLED")
     if not complete:
         logger.warning("MLflow did not take the rollback; the alias champion moves once the run goes on")

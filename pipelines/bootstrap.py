@@ -76,6 +76,8 @@ def _replicates(new: Score, old: Score, samples: int, seed: Sequence[int]) -> np
     assert len(new.nats) == len(old.nats), "a pair is two models on the same sequences"
     differences = _in_blocks(np.asarray(new.nats) - np.asarray(old.nats))
     sizes = _in_blocks(np.asarray(new.bytes, dtype=np.float64))
+    if not np.isfinite(differences).all():
+        return np.full(samples, np.nan)
     count = len(differences)
     drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1.0 / count), size=samples)
     return drawn @ differences / (drawn @ sizes) / math.log(2)
