@@ -34,19 +34,15 @@ from pipelines.sleep import RoundBatches
 
 SOURCES = ("cpp", "unicode", "javascript", "fonts")
 OVERRIDES = (
-    "model.dim=48",
-    "model.heads=4",
-    "levels.fast.width=48",
-    "levels.medium.width=48",
-    "levels.slow.width=128",
+    "levels.slow.width=96",
     "levels.slow.period=16384",
     "wake.batch=8",
     "stream.max_source_bytes=32768",
-    "stream.probe_bytes=4096",
-    "base.tokens=393216",
+    "stream.probe_bytes=2048",
+    "base.tokens=196608",
     "sleep.tokens_per_token=1.0",
 )
-"""A model of about 0.2M parameters, a base of 384 steps, rounds of 32 steps and more."""
+"""The smoke configuration's model with a longer base (192 steps) and longer rounds (32 steps and more)."""
 
 
 @dataclass(frozen=True)

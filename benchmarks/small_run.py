@@ -170,9 +170,9 @@ class SmallRun:
         shapes = {name: p.shape for name, p in candidate.anchor.named_parameters()}
         student = self._model(split(self.load(candidate.plan.anchor), "weight"))
         load_into(student, {n: t for n, t in weights.items() if t.shape == shapes[n]})
-        self.judge.known.clear()  # candidates of one round share a number
+        self.judge.known.pop(candidate.plan.anchor + 1, None)  # candidates of one round share a number
         verdict = self.judge.measure(
-            candidate.plan.anchor, student, candidate.anchor, candidate.awake, self.setting.sources, candidate.recent
+            candidate.plan.anchor, student, candidate.anchor, candidate.awake, candidate.seen, candidate.recent
         )
         storage = gather_storage(self.releases, candidate.plan, shards, found)
         return gather_evidence([verdict], storage, candidate.seen, self.best, self.cfg.run.seed)
@@ -193,7 +193,8 @@ class SmallRun:
         slow = {n: t for n, t in split(candidate.tensors, "weight").items() if n in pool}
         self.awake.adopt(number, slow, split(candidate.tensors, "offset"))
         self.live, self.consolidated = number, plan.last_key
-        self.best = {s: min(old, decision.figures["candidate"][s]) for s, old in self.best.items()}
+        scores = decision.figures["candidate"]
+        self.best = {s: min(old, scores.get(s, old)) for s, old in self.best.items()}
         return decision
 
     def close(self) -> None:
