@@ -39,10 +39,13 @@ OVERRIDES = (
     "wake.batch=8",
     "stream.max_source_bytes=32768",
     "stream.probe_bytes=2048",
-    "base.tokens=196608",
-    "sleep.tokens_per_token=1.0",
+    "base.batch=4",
+    "base.tokens=204800",
+    "base.lr=5e-3",
+    "sleep.tokens_per_token=2.0",
 )
-"""The smoke configuration's model with a longer base (192 steps) and longer rounds (32 steps and more)."""
+"""The smoke configuration's model with a base long enough (800 steps) for every layer to matter, and rounds of 64 steps
+and more."""
 
 
 @dataclass(frozen=True)
@@ -342,11 +345,16 @@ def main() -> None:
     """Measure, print the table, and write JSON and page where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--candidates", type=int, default=50, help="of each side")
+    parser.add_argument("--kinds", default="", help="comma-separated kinds of planted ones; empty: all")
     parser.add_argument("--json", type=Path, help="file for the figures; the page is laid beside it")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     start, cases = time.perf_counter(), []
-    for found in measure(arguments.candidates, (small_config(seed) for seed in itertools.count())):
+    kinds = arguments.kinds.split(",") if arguments.kinds else list(PLANTS)
+    unknown = sorted(set(kinds) - set(PLANTS))
+    if unknown:
+        raise SystemExit(f"--kinds: {unknown[0]!r} is unknown; use some of {', '.join(PLANTS)}")
+    for found in measure(arguments.candidates, (small_config(seed) for seed in itertools.count()), kinds):
         cases.append(found)
         word = "promoted" if found.promoted else f"blocked by {found.check}: {found.reason}"
         print(f"{found.kind} (seed {found.seed}, round {found.round}): {word}", flush=True)
@@ -355,6 +363,7 @@ def main() -> None:
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         command = f"python -m benchmarks.gate --candidates {arguments.candidates}"
+        command += f" --kinds '{arguments.kinds}'" if arguments.kinds else ""
         keys = ("planted_blocked", "planted", "honest_blocked", "honest")
         figures = dict(zip(keys, blocked(cases), strict=True))
         payload = {**figures, "command": command, "overrides": OVERRIDES, "cases": [asdict(c) for c in cases]}

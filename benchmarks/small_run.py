@@ -83,11 +83,12 @@ class SmallRun:
         sequences = base_sequences(self.setting.corpus, self.setting.tokenizer, cfg, self.setting.base_sources)
         self.store.append(base_records(sequences))
         self.store.commit()
-        model, batches = self._model().reset_parameters(cfg.run.seed), BaseBatches(sequences, 16, cfg.run.seed)
+        model = self._model().reset_parameters(cfg.run.seed)
+        batches = BaseBatches(sequences, cfg.base.batch, cfg.run.seed)
         neutral = set(model.owned_by("learner"))
         trained = [p for name, p in model.named_parameters() if name not in neutral]
         optimizer = build_optimizer(trained, replace(cfg.sleep.optimizer, lr=cfg.base.lr))
-        steps = cfg.base.tokens // (16 * cfg.model.context)
+        steps = cfg.base.tokens // (cfg.base.batch * cfg.model.context)
         for step in range(steps):
             plain_step(optimizer, model.nll(batches.batch(step)[0]).mean(), learning_rate(cfg.base.lr, step, steps))
         tensors = {f"weight/{name}": p.detach().clone() for name, p in model.named_parameters()}

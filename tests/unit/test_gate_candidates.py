@@ -21,7 +21,7 @@ def story(
     """A run with two honest nights behind it, and the candidate of the third."""
     cfg = make_config(
         model=ModelConfig(dim=16, blocks=2, heads=2, context=16),
-        base=BaseConfig(sources=["a"], tokens=16 * 16 * 150, lr=1e-2),
+        base=BaseConfig(sources=["a"], tokens=16 * 16 * 150, batch=16, lr=1e-2),
         sleep=SleepConfig(batch=8, tokens_per_token=8.0),
     )
     run, decisions = SmallRun(cfg, tmp_path_factory.mktemp("small")), []
