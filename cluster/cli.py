@@ -24,6 +24,8 @@ app = typer.Typer(
 )
 store_app = typer.Typer(help="Look into an experience store.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
+audit_app = typer.Typer(help="Look into a run's audit log.", no_args_is_help=True)
+app.add_typer(audit_app, name="audit")
 ARGUMENTS = typer.Argument(
     None, metavar="[CONFIG] [KEY=VALUE]...", help="A YAML file or a shipped name, then overrides."
 )
@@ -129,6 +131,23 @@ def compare(
     run_comparison(cfg, options, work, out, Console())
 
 
+@app.command()
+def rollback(
+    run_dir: Path = typer.Argument(..., metavar="RUN_DIR", help="A run directory that nobody runs right now."),
+    to: int = typer.Option(..., "--to", metavar="RELEASE", help="Number of an earlier release."),
+) -> None:
+    """Make an earlier release live again, as a new release with the same weights; `run` goes on from there."""
+    from cluster.history import announce  # noqa: PLC0415
+    from cluster.history import rollback as restore  # noqa: PLC0415
+
+    done = restore(run_dir, to)
+    typer.echo(
+        f"release {done.release.number} has the weights of release {to} and is live instead of {done.replaced} "
+        f"({done.seconds:.1f} s, fingerprint {done.release.fingerprint})"
+    )
+    announce(run_dir, done.release)
+
+
 @app.command("import")
 def import_(
     source: Path = typer.Argument(..., metavar="HF_DIR", help="A transformers checkpoint with safetensors weights."),
@@ -188,6 +207,18 @@ def store_verify(path: Path = typer.Argument(..., metavar="DIR", help="An experi
     )
     for error in found.errors:
         console.print(f"[red]{error}[/red]")
+    raise typer.Exit(0 if found.ok else 1)
+
+
+@audit_app.command("verify")
+def audit_verify(run_dir: Path = typer.Argument(..., metavar="RUN_DIR", help="A run directory.")) -> None:
+    """Check that no decision was edited, removed, moved or cut off; exits non-zero where anything is wrong."""
+    from cluster.history import verify_audit  # noqa: PLC0415
+
+    found = verify_audit(run_dir)
+    typer.echo(f"entries {found.entries:,}  head {found.head}")
+    for error in found.errors:
+        typer.echo(f"error: {error}", err=True)
     raise typer.Exit(0 if found.ok else 1)
 
 

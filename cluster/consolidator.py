@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from cluster.actors import configure_torch
-from cluster.releases import Shard, load_release, split, write_shard
+from cluster.judge import Judge, Verdict, candidate_identity
+from cluster.releases import Shard, inspect_shard, load_release, read_release, split, write_shard
 from cluster.training_state import RoundStates, read_state, write_state
 from nl_model.config import OptimizerConfig
 from nl_model.flops import forward_flops, full_step_flops
@@ -23,10 +24,12 @@ from nl_model.model import NestedLM, autocast, resolve_device
 from nl_model.weights import load_into, load_tensors
 from pipelines.base import BaseBatches, base_sequences, base_steps
 from pipelines.config import Config
+from pipelines.evidence import ShardFacts
 from pipelines.experience import Snapshot
 from pipelines.guides import StoredGuides, write_guides
 from pipelines.lesson import Lesson
 from pipelines.probe import score
+from pipelines.replan import adjusted
 from pipelines.setting import open_setting
 from pipelines.sleep import RoundBatches, RoundPlan, learning_rate
 from pipelines.student import expand, folded, receivers_due, student_step_flops
@@ -58,10 +61,8 @@ class RankResult:
     seconds: float
     loss: Dict[str, float] = field(default_factory=dict)
     """Means over the last fifth of the steps, on this rank's share."""
-    candidate: Dict[str, float] = field(default_factory=dict)
-    """Bits per byte of the student at rest, on the sources that this rank scored."""
-    awake: Dict[str, float] = field(default_factory=dict)
-    """The same of the awake model that the student started from."""
+    verdict: Verdict = field(default_factory=Verdict)
+    """What it measured on the sources that it scored."""
     optimizer_bytes: int = 0
     resumed_at: int = 0
     """Steps that an earlier attempt had done."""
@@ -79,6 +80,7 @@ class ConsolidationWorker:
         self.device = resolve_device(cfg.compute.device)
         self.setting = open_setting(cfg, tokenizer_state)
         self.probes = self.setting.probes()
+        self.judge = Judge(self.probes, cfg)
         self.done: Tuple[int, int, float] = (0, 0, 0.0)
         self.snapshot: Optional[Snapshot] = None
 
@@ -149,32 +151,37 @@ class ConsolidationWorker:
         load_into(anchor, weights)
         for model in (student, awake):
             load_into(model, {**weights, **{n: u + offset[n] for n, u in unshifted.items()}})
-        batches = RoundBatches(snapshot, plan, cfg.sleep)
+        sleep = adjusted(cfg.sleep, plan.recent_scale, plan.lr_scale)
+        batches = RoundBatches(snapshot, plan, sleep)
         receivers = receivers_due(cfg.levels, plan.first_key * cfg.model.context, plan.tokens)
-        expansion = expand(student, receivers, cfg.sleep, plan.seed)
-        teacher, old = awake if cfg.sleep.teacher else None, anchor if cfg.sleep.anchor else None
-        lesson = Lesson(cfg.sleep, plan.steps, plan.seed, student, teacher, old)
-        if teacher is not None and cfg.sleep.guide == "stored":
+        expansion = expand(student, receivers, sleep, plan.seed)
+        teacher, old = awake if sleep.teacher else None, anchor if sleep.anchor else None
+        lesson = Lesson(sleep, plan.steps, plan.seed, student, teacher, old)
+        if teacher is not None and sleep.guide == "stored":
             lesson.stored, lesson.passed = self._store_guides(Path(directory), batches.visited(plan.steps), teacher)
-        self.step_flops = student_step_flops(student, expansion, cfg.sleep)
+        self.step_flops = student_step_flops(student, expansion, sleep)
         states = self._states(plan.to_json())
-        kept = (Path(anchor_dir) / MOMENTS, Path(directory) / MOMENTS) if cfg.sleep.keep_moments else None
-        size, optimizer = cfg.sleep.batch, cfg.sleep.optimizer
+        kept = (Path(anchor_dir) / MOMENTS, Path(directory) / MOMENTS) if sleep.keep_moments else None
+        size, optimizer = sleep.batch, sleep.optimizer
         result, trained = self._train(lesson, batches, size, optimizer, expansion.frozen, states, kept)
-        if cfg.sleep.mode == "slots":
+        if sleep.mode == "slots":
             plain, tokens = self._model(), batches.batch(0)[0][:, :-1].to(self.device)
-            result.loss["fold"] = folded(plain, trained, expansion, cfg.sleep, plan.seed, tokens).divergence or 0.0
+            result.loss["fold"] = folded(plain, trained, expansion, sleep, plan.seed, tokens).divergence or 0.0
             trained = {name: p.detach().cpu() for name, p in plain.named_parameters()}
         tensors = {f"weight/{n}": t for n, t in trained.items()}
         tensors.update({f"offset/{n}": trained[n] - u for n, u in unshifted.items()})
-        result.shard = write_shard(Path(directory), self.rank, self.world, self._share(tensors))
+        identity = candidate_identity(plan, read_release(Path(anchor_dir)).fingerprint)
+        result.shard = write_shard(Path(directory), self.rank, self.world, self._share(tensors), identity)
         candidate = self._model()
         load_into(candidate, trained)
-        mine = seen[self.rank :: self.world]
-        result.candidate = score(candidate, self.probes, mine, cfg.compute.precision)
-        result.awake = score(awake, self.probes, mine, cfg.compute.precision)
+        mine, recent = seen[self.rank :: self.world], batches.recent_sources()
+        result.verdict = self.judge.measure(plan.anchor, candidate, anchor, awake, mine, recent)
         self._finish(states)
         return result
+
+    def inspect(self, directory: str, files: List[str]) -> List[ShardFacts]:
+        """Read back shards of a candidate that other ranks wrote (with one rank its own)."""
+        return [inspect_shard(Path(directory) / file) for file in files[(self.rank + 1) % self.world :: self.world]]
 
     def score_release(self, directory: str) -> Dict[str, float]:
         """Bits per byte of a release at rest on this rank's share of all sources."""

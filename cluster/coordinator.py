@@ -21,6 +21,7 @@ from cluster.controls import train_controls
 from cluster.experience_service import ExperienceService
 from cluster.failures import Budgets, Stopped, cause_of, describe, is_users
 from cluster.learner import LearnerReport, OnlineLearner
+from cluster.ledger import Ledger
 from cluster.rounds import Outcome, RoundRunner
 from cluster.state import Phase, RunState
 from cluster.summary import build_summary
@@ -54,6 +55,7 @@ class Coordinator:
         self.budgets = Budgets(cfg.failures)
         self.tokenizer_state = setting.tokenizer.state()
         self.runner = RoundRunner(cfg, run_dir, self.tokenizer_state, self.budgets, emit)
+        self.ledger = Ledger(cfg, run_dir, self.state, setting.sources, emit, tracking)
         self.period = min(level.period for level in cfg.levels.values() if level.owner == "pool")
         self.wake_flops = wake_step_flops(cfg.model, cfg.levels, setting.tokenizer.vocab_size)
         self.service: Any = None
@@ -123,7 +125,7 @@ class Coordinator:
         if not self.state.rows:
             directory = str(self.runner.releases.directory(0))
             scores = self.runner.with_pool(lambda group: group.call("score_release", directory))
-            self._add_row(0, 0, {s: v for part in scores for s, v in part.items()})
+            self.ledger.add_row(0, 0, {s: v for part in scores for s, v in part.items()})
 
     def _start_service(self) -> None:
         cfg = self.cfg
@@ -146,16 +148,10 @@ class Coordinator:
         ray.kill(self.service)
         self._start_service()
 
-    def _add_row(self, release: int, tokens: int, bpb: Dict[str, float]) -> None:
-        scores = {source: bpb[source] for source in self.setting.sources}
-        self.state.rows.append({"release": release, "tokens": tokens, "bpb": scores})
-        self.emit("matrix_row", release=release, tokens=tokens, row=scores)
-        self.tracking.log_metrics({f"probe_bpb/{s}": v for s, v in scores.items()}, tokens)
-
     def _stream(self) -> None:
         if self.service is None:
             self._start_service()
-        self._recover_round()
+        self.ledger.recover()
         if not self.runner.group.started and not self.cfg.pool.release_after_round:
             self.runner.with_pool(lambda group: group.pids)
         self._start_learner()
@@ -191,13 +187,17 @@ class Coordinator:
     def _feed_learner(self) -> None:
         depth = 1 if self.cfg.run.deterministic else 2
         while not self.ended and len(self.calls) < depth and not self._must_hold():
-            self.calls.append(self.learner.advance.remote(CHUNK))
+            self.calls.append(self.learner.advance.remote(CHUNK, self._until()))
+
+    def _until(self) -> Optional[int]:
+        """In deterministic mode the learner waits one period behind a mark until its round is decided."""
+        if not self.cfg.run.deterministic or not self.state.queue:
+            return None
+        return min(mark["tokens"] for mark in self.state.queue) + self.period
 
     def _must_hold(self) -> bool:
-        """In deterministic mode the learner waits at a boundary until the round of one period ago is decided."""
-        if not self.cfg.run.deterministic:
-            return False
-        return any(mark["tokens"] <= self.state.tokens - self.period for mark in self.state.queue)
+        until = self._until()
+        return until is not None and self.state.tokens >= until
 
     def _collect_learner(self) -> None:
         if not self.calls:
@@ -251,11 +251,7 @@ class Coordinator:
             self._note_wake(report)
         mark = report.mark
         if mark is not None and self._worth_a_round(mark.tokens, report.ended):
-            state.queue.append(asdict(mark))
-            state.last_mark = mark.tokens
-            self._merge_queue()
-            self.emit("round_queued", round=state.next_round + len(state.queue) - 1, **asdict(mark))
-            state.save(self.run_dir)
+            self.ledger.queue(mark, running=self.round is not None)
 
     def _note_wake(self, report: LearnerReport) -> None:
         wake, inside = self.state.wake, sum(step.seconds for step in report.steps)
@@ -291,21 +287,16 @@ class Coordinator:
         least = self.period // 10 if ended else 1  # what little the stream ends with may wait for the next run
         return tokens - self.state.last_mark >= least
 
-    def _merge_queue(self) -> None:
-        """Rounds that queue up behind a slow pool merge: a later mark covers what an earlier one would have."""
-        first = 1 if self.round is not None else 0
-        while len(self.state.queue) - first > self.cfg.sleep.max_queued:
-            del self.state.queue[first]
-
     def _feed_pool(self) -> None:
         if self.round is not None or not self.state.queue:
             return
         state = self.state
-        plan = self.runner.plan(state.next_round, state.queue[0], state.consolidated_key, state.live)
+        adjustment = self.ledger.adjustment()
+        plan = self.runner.plan(state.next_round, state.queue[0], state.consolidated_key, state.live, adjustment)
         seen = [*self.setting.base_sources, *state.seen_at(plan.tokens)]
         seen = [s for s in self.setting.sources if s in seen]
         self.tracking.start_round(plan.round, plan.snapshot, str(self.run_dir / "store"), plan.to_json())
-        self.round = self.runner.start(plan, seen, state.rows[-1]["bpb"])
+        self.round = self.runner.start(plan, seen, self.ledger.best())
 
     def _collect_round(self) -> None:
         if self.round is None:
@@ -314,8 +305,10 @@ class Coordinator:
             self._show_progress()
             return
         outcome, self.round = self.round.result(), None
-        release = self.runner.settle(outcome)
-        self._settle(outcome.record(release))
+        release = self.runner.settle(outcome, self.state.audit)
+        self.ledger.settle(outcome.record(release))
+        if release is not None and self.learner is not None:
+            self._send_adoption(release)
 
     def _show_progress(self) -> None:
         if time.monotonic() - self.progress_at < 2.0 or not self.runner.group.backend:
@@ -327,39 +320,12 @@ class Coordinator:
             return  # the round's own thread sees the failure and deals with it
         self.emit("round_progress", round=self.state.next_round, step=step, steps=steps, loss=loss)
 
-    def _settle(self, record: Dict[str, Any]) -> None:
-        """Enter a decided round into the state; the release, if any, is published already."""
-        state, figures = self.state, record["figures"]
-        state.queue = [mark for mark in state.queue if mark["tokens"] > record["tokens"]]
-        state.rounds.append(record)
-        state.next_round = record["id"] + 1
-        state.flops["sleep"] += record["flops"]
-        self.emit(
-            "round_finished", round=record["id"], steps=record["steps"], seconds=record["seconds"], loss=record["loss"]
-        )
-        gate = {k: record[k] for k in ("decision", "release", "reason", "figures")}
-        self.emit("gate", round=record["id"], **gate)
-        if record["release"] is not None:
-            state.live = record["release"]
-            state.consolidated_key = self.runner.releases.read(state.live).last_key
-            self._add_row(state.live, record["tokens"], figures["candidate"])
-        state.save(self.run_dir)
-        self.tracking.finish_round(record, self.runner.releases)
-        if record["release"] is not None and self.learner is not None:
-            self._send_adoption(state.live)
-
     def _send_adoption(self, release: int) -> None:
         """Tell the learner; in deterministic mode at the boundary one period behind the one that the round pinned."""
         not_before = 0
         if self.cfg.run.deterministic:
             not_before = self.runner.releases.read(release).tokens + self.period
         self.calls.append(self.learner.adopt.remote(release, not_before))
-
-    def _recover_round(self) -> None:
-        """A release may have been published just before a crash, and the state not yet written."""
-        newest = max(self.runner.releases.numbers())
-        if newest > self.state.live:
-            self._settle(self.runner.releases.read(newest).record)
 
     def _close_day(self) -> None:
         """The stream has ended and every round is decided: the learner takes over the last release."""

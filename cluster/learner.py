@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +14,12 @@ import ray
 from cluster.actors import configure_torch
 from cluster.releases import Releases, load_release, split
 from nl_model.model import NestedLM, resolve_device
-from nl_model.weights import load_into, load_tensors, save_tensors
+from nl_model.weights import load_into, load_tensors, parameters_of, save_tensors
 from pipelines.config import Config
 from pipelines.experience import Record
 from pipelines.setting import open_setting
 from pipelines.stream import Cursor
+from pipelines.trigger import Cause, Trigger, relative_distance
 from pipelines.wake import Awake, StepReport
 
 KEPT_CHECKPOINTS = 2
@@ -35,6 +37,8 @@ class Mark:
     """Last stream key up to here."""
     fast: str
     """File of the learner's unshifted fast weights, relative to the run directory."""
+    why: Dict[str, Any] = field(default_factory=dict)
+    """Why a round is due here (pipelines/trigger.py): policy, text, figures."""
 
 
 @dataclass
@@ -79,8 +83,12 @@ class OnlineLearner:
         release = load_release(self.releases.directory(int(meta["release"])))
         load_into(model, split(release, "weight"))
         self.awake = Awake(model, cfg.compute)
+        self.rest = parameters_of(model, "learner")
+        self.trigger = Trigger(cfg.when, self.period, self.awake.levels.clock)
         if found:
             self.awake.load_state(tensors, meta)
+        if "trigger" in meta:
+            self.trigger.load_state(meta["trigger"])
         cursor = Cursor.from_json(meta["cursor"]) if found else None
         self.stream = self.setting.stream(cursor)
         self.service = service
@@ -90,21 +98,27 @@ class OnlineLearner:
         self.last_end = time.perf_counter()
         return self._report(LearnerReport())
 
-    def advance(self, max_steps: int) -> LearnerReport:
-        """Take up to `max_steps` wake steps; returns early at a boundary of the pool's levels and at the end."""
+    def advance(self, max_steps: int, until: Optional[int] = None) -> LearnerReport:
+        """Take up to `max_steps` wake steps; returns early where a round is due, at `until` tokens and at the end."""
         report = LearnerReport()
         while len(report.steps) < max_steps and not self.stopping and report.mark is None:
+            if until is not None and self.awake.tokens >= until:
+                break
             report.adopted += self._adopt_pending()
+            asked = time.monotonic()
             batch = self.stream.next_batch(self.cfg.wake.batch)
             if not batch:
                 report.ended = True
                 break
             before = self.awake.tokens
+            cause = self.trigger.before_step(before, time.monotonic() - asked)
+            report.mark = self._mark(cause) if cause is not None else None
             report.steps.append(self.awake.step(batch, self._log))
             self.last_key = batch[-1].key
             self.steps_since_checkpoint += 1
-            if self.awake.tokens // self.period > before // self.period:
-                report.mark = self._mark()
+            cause = self.trigger.after_step(before, self.awake.tokens, _loss(report.steps[-1]), self._distance)
+            if cause is not None:
+                report.mark = self._mark(cause)
             if self.steps_since_checkpoint >= self.cfg.wake.checkpoint_every:
                 self.checkpoint()
         if self.stopping:
@@ -113,7 +127,7 @@ class OnlineLearner:
 
     def finish(self) -> LearnerReport:
         """After the end of the stream: pin what came since the last boundary."""
-        report = LearnerReport(ended=True, mark=self._mark())
+        report = LearnerReport(ended=True, mark=self._mark(Cause("idle", "the stream has ended", {})))
         self.checkpoint()
         return self._report(report)
 
@@ -137,6 +151,7 @@ class OnlineLearner:
         """Write everything a resume needs, durably; the newest two are kept."""
         tensors, counters = self.awake.state()
         meta = {**counters, "cursor": self.stream.cursor.to_json(), "version": self.version, "last_key": self.last_key}
+        meta["trigger"] = self.trigger.state()
         save_tensors(self.checkpoints / f"learner-{self.awake.tokens:015d}.safetensors", tensors, meta)
         for old in sorted(self.checkpoints.glob("learner-*.safetensors"))[:-KEPT_CHECKPOINTS]:
             old.unlink()
@@ -152,16 +167,21 @@ class OnlineLearner:
         if newest <= self.awake.release:
             return []
         tensors = load_release(self.releases.directory(newest))
-        pool = set(self.awake.model.owned_by("pool"))
-        slow = {n: t for n, t in split(tensors, "weight").items() if n in pool}
+        pool, weights = set(self.awake.model.owned_by("pool")), split(tensors, "weight")
+        slow = {n: t for n, t in weights.items() if n in pool}
+        self.rest = {name: weights[name] for name in self.rest}
         norm = self.awake.adopt(newest, slow, split(tensors, "offset"))
         self.checkpoint()  # a replay never has to repeat an adoption
         return [(newest, tokens, norm)]
 
-    def _mark(self) -> Mark:
+    def _distance(self) -> float:
+        """How far the fast weights have moved from their rest state, relative to its norm."""
+        return relative_distance(parameters_of(self.awake.model, "learner"), self.rest)
+
+    def _mark(self, cause: Cause) -> Mark:
         file = f"checkpoints/fast-{self.awake.tokens:015d}.safetensors"
         save_tensors(self.run_dir / file, self.awake.unshifted(), {"tokens": self.awake.tokens})
-        return Mark(self.awake.tokens, self.version, self.last_key, file)
+        return Mark(self.awake.tokens, self.version, self.last_key, file, cause.to_json())
 
     def _log(self, records: List[Record]) -> Callable[[], None]:
         reference = self.service.append.remote(records, self.stream.cursor.to_json())
@@ -179,3 +199,9 @@ class OnlineLearner:
         report.quarantined = [(q.source, q.origin, q.reason) for q in self.setting.corpus.quarantined]
         report.stopped = self.stopping
         return report
+
+
+def _loss(step: StepReport) -> float:
+    """Online loss of a step in nats per token; not finite where every sequence was quarantined."""
+    values = list(step.surprise.values())
+    return sum(values) / len(values) if values else math.nan

@@ -207,7 +207,16 @@ def describe(event: Event) -> str:
         )
     lines = {
         "base_finished": lambda: f"base   {event['origin']}, {tokens} tokens in {event.get('seconds') or 0:.1f} s",
-        "round_queued": lambda: f"{number} queued at {tokens} tokens, snapshot {event.get('snapshot')}",
+        "round_queued": lambda: (
+            f"{number} queued at {tokens} tokens, snapshot {event.get('snapshot')}"
+            + (f": {event['why']['text']}" if event.get("why") else "")
+        ),
+        "plan_changed": lambda: (
+            f"plan   {event.get('reason')}: share of recent experience {event.get('recent'):.3g}, "
+            f"step size {event.get('lr'):.3g}"
+        ),
+        "rollback": lambda: f"release {event.get('release')} restores release {event.get('restores')}",
+        "audit_damaged": lambda: f"audit log: {event.get('missing')} entries are missing; {event.get('remedy')}",
         "round_started": lambda: (
             f"{number} started: {event.get('steps')} steps on {event.get('ranks')} ranks, "
             f"ZeRO {event.get('zero_stage')}, from release {event.get('anchor')}"

@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
+import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from nl_model.weights import load_tensors, save_tensors, write_durably
+from nl_model.weights import load_tensors, save_tensors, sync, tensor_digest, write_durably
+from pipelines.evidence import ShardFacts, TensorFacts, weights_fingerprint
 
 MARKER = "STABLE"
 INDEX = "release.json"
+DTYPES = {"F64": "torch.float64", "F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16"}
+"""Names of safetensors for what a release may hold."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,8 @@ class Shard:
     file: str
     sha256: str
     tensors: List[str]
+    digests: Dict[str, str] = field(default_factory=dict)
+    """Hash of each tensor by name; empty in releases of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,15 @@ class Release:
     shards: List[Shard] = field(default_factory=list)
     record: Dict[str, Any] = field(default_factory=dict)
     """The round's record: steps, seconds, decision, gate figures."""
+    restores: Optional[int] = None
+    """Release that this one makes live again, tensor by tensor (a rollback)."""
+    audit: Dict[str, Any] = field(default_factory=dict)
+    """Length and head of the audit log before the decision that made it live."""
+
+    @property
+    def weights(self) -> str:
+        """Hash of its weights, however they are sharded."""
+        return weights_fingerprint({name: digest for shard in self.shards for name, digest in shard.digests.items()})
 
 
 class Releases:
@@ -130,11 +147,50 @@ def split(tensors: Mapping[str, Tensor], prefix: str) -> Dict[str, Tensor]:
     return {n.removeprefix(f"{prefix}/"): t for n, t in tensors.items() if n.startswith(f"{prefix}/")}
 
 
-def write_shard(directory: Path, rank: int, world: int, tensors: Mapping[str, Tensor]) -> Shard:
-    """Write one rank's shard of a candidate."""
+def write_shard(directory: Path, rank: int, world: int, tensors: Mapping[str, Tensor], candidate: str = "") -> Shard:
+    """Write one rank's shard of a candidate; `candidate` is the identity that its shards share."""
     file = f"shard-{rank:05d}-of-{world:05d}.safetensors"
-    digest = save_tensors(directory / file, tensors, {"rank": rank, "world": world})
-    return Shard(file, digest, sorted(tensors))
+    digest = save_tensors(directory / file, tensors, {"rank": rank, "world": world, "candidate": candidate})
+    return Shard(file, digest, sorted(tensors), {name: tensor_digest(tensors[name]) for name in sorted(tensors)})
+
+
+def inspect_shard(path: Path) -> ShardFacts:
+    """Read a shard back and say what is there; a file that is missing or unreadable has no facts."""
+    if not path.is_file():
+        return ShardFacts(path.name, "")
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    try:
+        tensors, meta = load_tensors(path)
+    except (SafetensorError, ValueError):
+        return ShardFacts(path.name, sha256)
+    facts = {
+        name: TensorFacts(tuple(t.shape), str(t.dtype), tensor_digest(t), bool(torch.isfinite(t).all()))
+        for name, t in tensors.items()
+    }
+    place = (int(meta.get("rank", -1)), int(meta.get("world", 0)), str(meta.get("candidate", "")))
+    return ShardFacts(path.name, sha256, *place, facts)
+
+
+def layout(directory: Path) -> Dict[str, TensorFacts]:
+    """Names, shapes and dtypes of a published release's tensors, from the headers of its shards alone."""
+    wanted: Dict[str, TensorFacts] = {}
+    for shard in read_release(directory).shards:
+        with open(directory / shard.file, "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        for name in shard.tensors:
+            wanted[name] = TensorFacts(tuple(header[name]["shape"]), DTYPES[header[name]["dtype"]])
+    return wanted
+
+
+def copy_release(source: Path, target: Path) -> None:
+    """Put the shards of a release into another directory, by hard link where the file system has them."""
+    for shard in read_release(source).shards:
+        try:
+            os.link(source / shard.file, target / shard.file)
+        except OSError:
+            shutil.copyfile(source / shard.file, target / shard.file)
+            sync(target / shard.file)
+    sync(target)
 
 
 def shards_fingerprint(shards: Sequence[Shard]) -> str:

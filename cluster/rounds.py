@@ -7,16 +7,19 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from ray.exceptions import RayError
 
 from cluster.consolidator import RankResult
 from cluster.failures import Budgets
+from cluster.judge import gather_evidence, gather_storage
 from cluster.releases import Release, Releases, shards_fingerprint
 from cluster.worker_group import PoolError, WorkerGroup
 from pipelines.config import Config
+from pipelines.evidence import ShardFacts
 from pipelines.gate import Decision, decide
+from pipelines.replan import Adjustment
 from pipelines.sleep import RoundPlan, num_steps
 
 logger = logging.getLogger(__name__)
@@ -49,6 +52,9 @@ class Outcome:
             "release": release,
             "steps": self.plan.steps,
             "seconds": self.seconds,
+            "recent_scale": self.plan.recent_scale,
+            "lr_scale": self.plan.lr_scale,
+            "fingerprint": shards_fingerprint([rank.shard for rank in self.ranks]),
             "decision": self.decision.word,
             "reason": self.decision.reason,
             "figures": self.decision.figures,
@@ -71,7 +77,14 @@ class RoundRunner:
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rounds")
         self.stopping = False
 
-    def plan(self, number: int, mark: Dict[str, Any], consolidated_key: int, live: int) -> RoundPlan:
+    def plan(
+        self,
+        number: int,
+        mark: Dict[str, Any],
+        consolidated_key: int,
+        live: int,
+        adjustment: Adjustment = Adjustment(),  # noqa: B008 (frozen)
+    ) -> RoundPlan:
         """The plan of a round over everything between the last consolidated key and a mark."""
         recent = mark["last_key"] - consolidated_key
         return RoundPlan(
@@ -84,11 +97,18 @@ class RoundRunner:
             tokens=mark["tokens"],
             steps=num_steps(self.cfg.sleep, recent),
             seed=self.cfg.run.seed * 1_000_003 + number,
+            recent_scale=adjustment.recent_scale,
+            lr_scale=adjustment.lr_scale,
         )
 
-    def start(self, plan: RoundPlan, seen: List[str], anchor_row: Dict[str, float]) -> Future[Outcome]:
-        """Run a round in the background."""
-        return self.thread.submit(self._run, plan, seen, anchor_row)
+    def start(self, plan: RoundPlan, seen: List[str], best: Dict[str, float]) -> Future[Outcome]:
+        """Run a round in the background.
+
+        Args:
+            seen: sources that the gate counts.
+            best: best bits per byte so far by source, of every source that is probed.
+        """
+        return self.thread.submit(self._run, plan, seen, best)
 
     def with_pool(self, call: Callable[[WorkerGroup], Any]) -> Any:
         """Call something on a started pool, restarting it within the budget where a rank dies."""
@@ -104,14 +124,17 @@ class RoundRunner:
                 left = self.budgets.spend("pool", error)
                 self.emit("failure", part="pool", error=str(error), restarts_left=left)
 
-    def _run(self, plan: RoundPlan, seen: List[str], anchor_row: Dict[str, float]) -> Outcome:
+    def _run(self, plan: RoundPlan, seen: List[str], best: Dict[str, float]) -> Outcome:
         start = time.perf_counter()
-        number, sources = plan.anchor + 1, list(anchor_row)
+        number, sources = plan.anchor + 1, list(best)
 
-        def attempt(group: WorkerGroup) -> List[RankResult]:
+        def attempt(group: WorkerGroup) -> Tuple[List[RankResult], List[ShardFacts]]:
             directory = self.releases.prepare(number)
             anchor = str(self.releases.directory(plan.anchor))
-            return group.collect(group.async_call("run_round", plan, anchor, str(directory), sources))
+            ranks = group.collect(group.async_call("run_round", plan, anchor, str(directory), sources))
+            files = [rank.shard.file for rank in ranks]
+            found = group.collect(group.async_call("inspect", str(directory), files))
+            return ranks, [facts for part in found for facts in part]
 
         self.emit(
             "round_started",
@@ -122,18 +145,23 @@ class RoundRunner:
             ranks=self.cfg.pool.ranks,
             zero_stage=self.cfg.pool.zero_stage,
         )
-        ranks: List[RankResult] = self.with_pool(attempt)
+        ranks, found = self.with_pool(attempt)
         self.budgets.refill("pool")
-        candidate = {s: v for rank in ranks for s, v in rank.candidate.items()}
-        awake = {s: v for rank in ranks for s, v in rank.awake.items()}
-        decision = decide(candidate, anchor_row, awake, seen, self.cfg.gate)
+        shards, verdicts = [rank.shard for rank in ranks], [rank.verdict for rank in ranks]
+        storage = gather_storage(self.releases, plan, shards, found)
+        evidence = gather_evidence(verdicts, storage, seen, best, self.cfg.run.seed)
+        decision = decide(evidence, self.cfg.gate)
         outcome = Outcome(plan, ranks, decision, time.perf_counter() - start, self.group.backend)
         if self.cfg.pool.release_after_round:
             self.group.kill()
         return outcome
 
-    def settle(self, outcome: Outcome) -> Optional[int]:
-        """Publish a promoted candidate as the next release, or remove it. Returns the release's number, if any."""
+    def settle(self, outcome: Outcome, audit: Dict[str, Any]) -> Optional[int]:
+        """Publish a promoted candidate as the next release, or remove it. Returns the release's number, if any.
+
+        Args:
+            audit: end of the audit log so far, kept in the release's index.
+        """
         plan, number = outcome.plan, outcome.plan.anchor + 1
         if not outcome.decision.promoted:
             self.releases.discard(number)
@@ -150,6 +178,7 @@ class RoundRunner:
                 fingerprint=shards_fingerprint(shards),
                 shards=shards,
                 record=outcome.record(number),
+                audit={key: audit[key] for key in ("length", "head") if key in audit},
             )
         )
         return number

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -11,7 +10,7 @@ import signal
 import socket
 import threading
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional
 
@@ -22,19 +21,19 @@ from rich.console import Console
 from cluster.coordinator import Coordinator
 from cluster.export import keep_tokenizer
 from cluster.failures import RunFailed, Stopped
+from cluster.history import hold_lock
 from cluster.live import LiveView
+from cluster.tracking_arguments import tracking_arguments
 from cluster.tracking_client import TrackingClient
 from nl_model.model import resolve_device
 from nl_model.weights import write_durably
 from pipelines.config import Config
 from pipelines.events import EventLog
 from pipelines.experience import verify_recent
-from pipelines.load_config import config_hash, differences, flatten, load_config, to_yaml
+from pipelines.load_config import differences, load_config, to_yaml
 from pipelines.setting import Setting, open_setting
-from pipelines.tracking import default_uri
 
 logger = logging.getLogger(__name__)
-TRACKED = ("run.", "model.", "levels.", "sleep.", "wake.", "pool.", "stream.schedule", "base.", "gate.", "compute.")
 
 
 GRACE = 2.2
@@ -219,11 +218,7 @@ def check_run_dir(run_dir: Path, cfg: Config) -> bool:
 def create_run_dir(run_dir: Path, cfg: Config) -> Any:
     """Create the run directory and hold its lock; ValueError where another process runs it."""
     (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-    lock = open(run_dir / ".lock", "a")  # noqa: SIM115 (held for the life of the run)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{run_dir} is being run by another process; wait for it or choose another run.name") from None
+    lock = hold_lock(run_dir)
     write_durably(run_dir / "config.yaml", to_yaml(cfg).encode())
     return lock
 
@@ -260,18 +255,3 @@ def place(cfg: Config) -> Config:
     wanted = cfg.ray.gpus * (cfg.pool.ranks + 1)
     device = "cuda" if ray.cluster_resources().get("GPU", 0.0) >= wanted else "cpu"
     return replace(cfg, compute=replace(cfg.compute, device=device))
-
-
-def tracking_arguments(cfg: Config, run_dir: Path) -> Dict[str, Any]:
-    """Arguments of `pipelines.tracking.Tracking`."""
-    root = run_dir.parent
-    params = {k: v for k, v in flatten(asdict(cfg)).items() if k.startswith(TRACKED)}
-    return {
-        "uri": cfg.tracking.uri or default_uri(root),
-        "experiment": cfg.tracking.experiment,
-        "model_name": cfg.tracking.model_name,
-        "run_name": cfg.run.name,
-        "artifact_root": root / "mlartifacts",
-        "params": {"config_hash": config_hash(cfg), **params},
-        "config_path": run_dir / "config.yaml",
-    }

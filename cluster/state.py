@@ -65,6 +65,10 @@ class RunState:
     flops: Dict[str, float] = field(default_factory=lambda: {"wake": 0.0, "sleep": 0.0, "control": 0.0, "base": 0.0})
     seconds: Dict[str, float] = field(default_factory=dict)
     """Wall seconds by phase, over all attempts."""
+    rollbacks: List[Dict[str, Any]] = field(default_factory=list)
+    """Releases that were made live again: release, restores, replaces, fingerprint."""
+    audit: Dict[str, Any] = field(default_factory=dict)
+    """End of the audit log (pipelines/audit.py): length, head, entries that may not be in the file yet."""
     control: Dict[str, List[Dict[str, Any]]] = field(default_factory=dict)
     """Rows of finished controls by learning rate."""
 

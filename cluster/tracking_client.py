@@ -68,10 +68,16 @@ class TrackingClient:
         metrics = {f"loss/{name}": value for name, value in record["loss"].items()}
         metrics.update({f"candidate_bpb/{s}": v for s, v in figures["candidate"].items()})
         metrics.update(seconds=record["seconds"], steps=record["steps"], mean_change=figures["mean_change"])
+        metrics.update(_gate_metrics(record))
         self._send("finish_round", record["id"], metrics, record["decision"])
         if number is not None:
             digest = releases.read(number).fingerprint
             self._send("register_release", str(releases.directory(number)), number, record["id"], digest)
+
+    def register(self, number: int, releases: Releases) -> None:
+        """Make a release that no round made a model version and the champion."""
+        digest = releases.read(number).fingerprint
+        self._send("register_release", str(releases.directory(number)), number, None, digest)
 
     def finish(self, status: str, artifacts: List[Path], timeout: float) -> None:
         """Write all that is left and end the parent run; waits for it, but not longer than `timeout` seconds."""
@@ -83,3 +89,16 @@ class TrackingClient:
             return
         if not complete:
             logger.warning("tracking is incomplete: MLflow did not take everything; look at tracking.uri")
+
+
+def _gate_metrics(record: Dict[str, Any]) -> Dict[str, float]:
+    """The gate's figures as metrics of a round: checks passed, worst change and its interval, divergence, plan."""
+    figures = {check["name"]: check["figures"] for check in record["figures"]["checks"]}
+    metrics = {f"gate/{key}": float(record[key]) for key in ("recent_scale", "lr_scale")}
+    metrics["gate/checks_passed"] = float(sum(check["passed"] for check in record["figures"]["checks"]))
+    if "forgetting" in figures:
+        worst = figures["forgetting"]["worst"]
+        metrics.update({f"gate/worst_{key}": float(worst[key]) for key in ("mean", "low", "high")})
+    if "divergence" in figures:
+        metrics["gate/divergence"] = float(figures["divergence"]["mean"])
+    return metrics

@@ -73,6 +73,14 @@ def load_into(model: Levelled, tensors: Mapping[str, Tensor]) -> None:
             state[name].copy_(tensor)
 
 
+def tensor_digest(tensor: Tensor) -> str:
+    """sha256 over shape, dtype and bytes."""
+    plain = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{tuple(plain.shape)} {plain.dtype}".encode())
+    digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
+    return digest.hexdigest()
+
+
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """sha256 over names, shapes, dtypes and bytes, independent of order in the mapping."""
     digest = hashlib.sha256()

@@ -10,6 +10,7 @@ from pipelines.checks import at_least, one_of
 from pipelines.gate_config import GateConfig
 from pipelines.pool_config import PoolConfig
 from pipelines.sleep_config import SleepConfig
+from pipelines.trigger_config import WhenConfig
 
 SCHEDULES = ("sequential", "mixed", "soft")
 TOKENIZERS = ("byte", "bpe")
@@ -238,6 +239,7 @@ class Config:
     stream: StreamConfig = field(default_factory=StreamConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
     wake: WakeConfig = field(default_factory=WakeConfig)
+    when: WhenConfig = field(default_factory=WhenConfig)
     sleep: SleepConfig = field(default_factory=SleepConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
@@ -251,6 +253,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.control.enabled and not self.control.learning_rates:
             raise ValueError("control.learning_rates is empty; give step sizes to try, or control.enabled=false")
+        if self.run.deterministic:
+            self.when.check_deterministic()
         step_tokens = self.wake.batch * self.model.context
         # From here on every period counts tokens.
         object.__setattr__(self, "levels", in_tokens(self.levels, step_tokens))

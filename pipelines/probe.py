@@ -1,31 +1,53 @@
 """Held-out measurement: bits per byte per source, the matrix R[k][i], and what is read off it.
 
 R[k][i] is the bits per byte on source i of the k-th live model; lower is better.
+Shapes: B sequences, T predicted tokens per sequence, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Dict, List, Mapping, Sequence
+from typing import Dict, List, Mapping, Sequence, Tuple
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from nl_model.model import NestedLM, autocast
 from pipelines.stream import Probe
 
 
+@dataclass(frozen=True)
+class Score:
+    """A model on one probe, sequence by sequence: what paired comparisons are made of."""
+
+    nats: Tuple[float, ...]
+    """Negative log-likelihood of each sequence."""
+    bytes: Tuple[float, ...]
+    """Bytes that each sequence stands for."""
+
+    @property
+    def bpb(self) -> float:
+        """Bits per byte over all sequences."""
+        return sum(self.nats) / math.log(2) / sum(self.bytes)
+
+
 @torch.no_grad()
-def probe_bpb(model: NestedLM, probe: Probe, precision: str = "fp32", batch: int = 16) -> float:
-    """Bits per byte of a model on one probe."""
+def measure(model: NestedLM, probe: Probe, precision: str = "fp32", batch: int = 16) -> Score:
+    """Score every sequence of a probe, `batch` at a time."""
     device = next(model.parameters()).device
-    nats = 0.0
+    nats: List[float] = []
     for start in range(0, len(probe.tokens), batch):
         tokens = torch.from_numpy(probe.tokens[start : start + batch].astype(np.int64)).to(device)
         with autocast(device, precision):
-            nats += float(model.nll(tokens).double().sum())
-    return nats / math.log(2) / probe.bytes
+            nats += model.nll(tokens).double().sum(1).tolist()
+    return Score(tuple(nats), probe.row_bytes or (probe.bytes / len(nats),) * len(nats))
+
+
+def probe_bpb(model: NestedLM, probe: Probe, precision: str = "fp32", batch: int = 16) -> float:
+    """Bits per byte of a model on one probe."""
+    return measure(model, probe, precision, batch).bpb
 
 
 def score(
@@ -33,6 +55,19 @@ def score(
 ) -> Dict[str, float]:
     """Bits per byte of a model on the probes of some sources."""
     return {source: probe_bpb(model, probes[source], precision) for source in sources}
+
+
+@torch.no_grad()
+def prompt_divergence(
+    model: NestedLM, anchor: NestedLM, probe: Probe, prompts: int, seed: int, precision: str = "fp32"
+) -> float:
+    """Mean KL(anchor || model) in nats per token over fixed prompts: sequences of a probe, seeded."""
+    device = next(model.parameters()).device
+    rows = np.random.default_rng(seed).permutation(len(probe.tokens))[:prompts]
+    inputs_BT = torch.from_numpy(probe.tokens[np.sort(rows)].astype(np.int64)).to(device)[:, :-1]
+    with autocast(device, precision):
+        logs_BTV = [F.log_softmax(one(inputs_BT).float(), -1) for one in (model, anchor)]
+    return float(F.kl_div(logs_BTV[0], logs_BTV[1], log_target=True, reduction="none").sum(-1).double().mean())
 
 
 @dataclass(frozen=True)

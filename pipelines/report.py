@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.table import Table
 
 from pipelines.events import Timeline, build_timeline, describe_round, read_events, short_number
+from pipelines.gate_report import gate_rows
 from pipelines.plots import write_plots
 
 NOTHING = "\N{EN DASH}"
@@ -52,6 +53,7 @@ def write_report(run_dir: Path) -> Path:
             facts=_facts(summary, timeline),
             sources=source_lines(summary),
             rounds=_round_rows(summary),
+            gates=gate_rows(summary),
             costs=_costs(summary),
             experiences=[(f"{value:,}", key) for key, value in (summary.get("experiences") or {}).items()],
             quarantined=timeline.quarantined,

@@ -43,6 +43,10 @@ class RoundPlan:
     """Steps to train."""
     seed: int
     """Seed of its batches."""
+    recent_scale: float = 1.0
+    """Factor of sleep.recent (pipelines/replan.py)."""
+    lr_scale: float = 1.0
+    """Factor of the pool's step size."""
 
     def to_json(self) -> Dict[str, Any]:
         """As a JSON-able mapping."""
@@ -100,6 +104,11 @@ class RoundBatches:
                 source_cap=cfg.source_cap,
             )
         self.num_old = cfg.batch - self.num_recent
+
+    def recent_sources(self) -> List[str]:
+        """Sources of the recent experience, by name."""
+        names = self.snapshot.sources
+        return sorted(names[i] for i in np.unique(self.snapshot.source_ids[self.recent_rows]))
 
     def rows(self, step: int) -> Tuple[np.ndarray, np.ndarray]:
         """Row numbers (B,) of a step, and which of them are recent (B,) bool."""

@@ -79,6 +79,8 @@ class Probe:
     """(n, context + 1) of the tokenizer's dtype; row i predicts tokens[i, 1:]."""
     bytes: int
     """Bytes that the predicted tokens stand for, over all rows."""
+    row_bytes: Tuple[int, ...] = ()
+    """The same per row; empty: spread evenly."""
 
 
 @dataclass(frozen=True)
@@ -312,7 +314,8 @@ def _probe(corpus: Corpus, tokenizer: Tokenizer, cfg: StreamConfig, context: int
     mean = sum(window.bytes for window in windows) / len(windows)
     count = min(len(windows), max(1, round(cfg.probe_bytes / mean)))
     chosen = [windows[(2 * i + 1) * len(windows) // (2 * count)] for i in range(count)]
-    return Probe(source, np.stack([window.tokens for window in chosen]), sum(window.bytes for window in chosen))
+    row_bytes = tuple(window.bytes for window in chosen)
+    return Probe(source, np.stack([window.tokens for window in chosen]), sum(row_bytes), row_bytes)
 
 
 def _at_most(documents: Iterable[Document], size: int) -> Iterator[Document]:

@@ -22,8 +22,9 @@ from pipelines.compare.memory import Memory
 from pipelines.compare.meter import Meter
 from pipelines.compare.pulls import frozen_copy
 from pipelines.compare.trace import Trace, fresh_model
-from pipelines.gate import decide
-from pipelines.probe import score
+from pipelines.evidence import Evidence, Storage
+from pipelines.gate import check_forgetting, check_loss, decide
+from pipelines.probe import Score, measure
 from pipelines.sleep import guide_logits, learning_rate, sleep_loss
 
 GATES = 4
@@ -67,7 +68,7 @@ class CircadianTrainer:
         self.memory = Memory(capacity, 0, seed)
         self.live = frozen_copy(self.model)
         self.seen: List[str] = list(material.base_sources)
-        self.anchor_row: Dict[str, float] = {}
+        self.anchor_row: Dict[str, Score] = {}
         self.position, self.credit, self.banked, self.rounds, self.rejected = 0, 0.0, 0.0, 0, 0
         self.random = np.random.default_rng([seed, 5])
 
@@ -229,10 +230,10 @@ class CircadianTrainer:
     def _gate_flops(self) -> float:
         return float(self.meter.forward * sum(p.tokens[:, 1:].size for p in self.material.gate_probes.values()))
 
-    def _gate_scores(self, model: NestedLM) -> Dict[str, float]:
+    def _gate_scores(self, model: NestedLM) -> Dict[str, Score]:
         self.meter.spend("gate", self._gate_flops)
         self.credit -= self._gate_flops
-        return score(model, self.material.gate_probes, self.material.sources, self.cfg.compute.precision)
+        return {name: measure(model, probe) for name, probe in self.material.gate_probes.items()}
 
     def _is_judged(self, day: Tuple[int, int]) -> bool:
         """Whether the gate looks at this night: `GATES` times per segment, however short the days are."""
@@ -242,7 +243,8 @@ class CircadianTrainer:
     def _judge(self, student: NestedLM) -> None:
         """Let a candidate go live, or go back to the live model; probes are not those that methods are judged on."""
         found = self._gate_scores(student)
-        if decide(found, self.anchor_row, found, self.seen, self.cfg.gate).promoted:
+        evidence = Evidence(found, self.anchor_row, found, self.seen, [], Storage("", [], [], {}))
+        if decide(evidence, self.cfg.gate, (check_loss, check_forgetting)).promoted:
             self.anchor_row = found
             _copy_weights(student, self.live)
         else:

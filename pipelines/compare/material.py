@@ -144,6 +144,9 @@ def split_probe(probe: Probe) -> Tuple[Probe, Probe]:
     count = min(GATE_SEQUENCES, rows // 2)
     chosen = np.zeros(rows, bool)
     chosen[(2 * np.arange(count) + 1) * rows // (2 * count)] = True
-    parts = probe.tokens[~chosen], probe.tokens[chosen]
-    first, second = (round(probe.bytes * len(part) / rows) for part in parts)
-    return Probe(probe.source, parts[0], first), Probe(probe.source, parts[1], second)
+    return _rows_of(probe, ~chosen), _rows_of(probe, chosen)
+
+
+def _rows_of(probe: Probe, chosen: np.ndarray) -> Probe:
+    sizes = tuple(size for size, is_in in zip(probe.row_bytes, chosen, strict=True) if is_in)
+    return Probe(probe.source, probe.tokens[chosen], sum(sizes), sizes)

@@ -265,3 +265,27 @@ def check_parent(client: Any, parent: Any, summary: Dict[str, Any]) -> None:
     assert online <= set(parent.data.metrics)
     artifacts = {entry.path for entry in client.list_artifacts(parent.info.run_id)}
     assert {"config", "config.yaml", "report.html", "summary.json", *PLOTS} <= artifacts
+
+
+def test_an_earlier_release_can_be_made_live_again(run: Run, tmp_path: Path) -> None:
+    """Last in this file: it changes the run."""
+    releases, before = Releases(run.directory / "releases"), run.summary()
+    live = releases.numbers()[-1]
+    start = time.monotonic()
+    done = circadian("rollback", str(run.directory), "--to", "0", cwd=tmp_path)
+    print(f"the rollback took {time.monotonic() - start:.1f} s: {done.stdout}")
+    assert done.returncode == 0, done.stderr
+    assert releases.read(live + 1).weights == releases.read(0).weights
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{run.root / 'mlflow.db'}"
+    champion = MlflowClient(tracking_uri=uri, registry_uri=uri).get_model_version_by_alias("whole", "champion")
+    assert champion.tags["circadian.release"] == str(live + 1)
+    assert champion.tags["circadian.digest"] == releases.read(0).fingerprint
+    assert run.finish() == 0, run.tail()
+    assert run.summary()["matrix"] == [*before["matrix"], before["matrix"][0]]
+    verified = circadian("audit", "verify", str(run.directory), cwd=tmp_path)
+    assert verified.returncode == 0, verified.stderr
+    log = run.directory / "audit.jsonl"
+    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:-1]))
+    assert circadian("audit", "verify", str(run.directory), cwd=tmp_path).returncode == 1

@@ -299,3 +299,21 @@ def test_rounds_carry_decision_and_figures() -> None:
         "rejected: mean +0.09 bpb, worst german +0.31",
         "promoted: mean -0.31 bpb, worst latex +0.04",
     ]
+
+
+def test_the_gates_figures_stand_in_the_page(tmp_path: Path) -> None:
+    from pipelines.gate_report import gate_rows
+
+    loss = {"recent_change": {"mean": -0.5, "low": -0.75, "high": -0.25}}
+    worst = {"source": "cpp", "mean": 0.3, "low": 0.2, "high": 0.4}
+    checks = [
+        {"name": "loss", "passed": True, "reason": "", "figures": loss},
+        {"name": "forgetting", "passed": False, "reason": "forgets cpp", "figures": {"worst": worst}},
+    ]
+    rounds = [{"id": 1}, {"id": 2, "figures": {"checks": checks}, "recent_scale": 0.5, "lr_scale": 0.5}]
+    (row,) = gate_rows({"rounds": rounds})
+    assert (row["id"], row["failed"], row["recent"]) == ("2", "forgetting", "-0.500 (-0.750 .. -0.250)")
+    assert row["worst"] == "cpp +0.300 (+0.200 .. +0.400)" and row["plan"] == "recent x 0.5, step size x 0.5"
+    assert row["awake"] == row["divergence"] == "\N{EN DASH}"
+    (tmp_path / "summary.json").write_text(json.dumps({"rounds": rounds}))
+    assert "cpp +0.300 (+0.200 .. +0.400)" in write_report(tmp_path).read_text()

@@ -41,6 +41,8 @@ def filled() -> RunState:
         wake={"steps": 3.0, "tokens": 96.0, "inside": 0.5, "wall": 0.75},
         flops={"wake": 1e15, "sleep": 2.0, "control": 3.0, "base": 4.0},
         seconds={"base": 1.5},
+        rollbacks=[{"release": 3, "restores": 1, "replaces": 2, "fingerprint": "ab"}],
+        audit={"length": 1, "head": "cd", "unwritten": [{"sequence": 0}]},
         control={"0.0005": [{"release": 0, "tokens": 0, "bpb": {"a": 2.0}}]},
     )
 
