@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cluster.actors import configure_torch
+from cluster.dreaming import dream_together
 from cluster.releases import Shard, load_release, split, write_shard
 from nl_model.config import OptimizerConfig
 from nl_model.flops import forward_flops, full_step_flops
@@ -51,6 +52,8 @@ class RankResult:
     optimizer_bytes: int = 0
     flops: float = 0.0
     """FLOPs of this rank, teacher and anchor passes included."""
+    dreams: Optional[Dict[str, Any]] = None
+    """Rank 0: what was dreamt, as the round's record keeps it."""
 
 
 class ConsolidationWorker:
@@ -129,9 +132,14 @@ class ConsolidationWorker:
         load_into(anchor, weights)
         for model in (student, awake):
             load_into(model, {**weights, **{n: u + offset[n] for n, u in unshifted.items()}})
-        batches = RoundBatches(snapshot, plan, cfg.sleep)
+        forward = forward_flops(cfg.model, cfg.levels, self.setting.tokenizer.vocab_size)
+        night = dream_together(
+            cfg, plan, snapshot, awake, Path(directory), self.setting.tokenizer, (self.rank, self.world)
+        )
+        batches = RoundBatches(snapshot, plan, cfg.sleep, night.tokens, cfg.dreams.share)
         teacher, old = awake if cfg.sleep.teacher else None, anchor if cfg.sleep.anchor else None
         result, trained = self._train(student, batches, plan.steps, cfg.sleep.batch, cfg.sleep.optimizer, teacher, old)
+        result.dreams, result.flops = night.record, result.flops + night.passes * forward
         tensors = {f"weight/{n}": t for n, t in trained.items()}
         tensors.update({f"offset/{n}": trained[n] - u for n, u in unshifted.items()})
         result.shard = write_shard(Path(directory), self.rank, self.world, self._share(tensors))

@@ -113,12 +113,9 @@ class Coordinator:
         state = self.state
         sequences, flops = prepare_base(self.cfg, self.run_dir, self.setting, self.runner, self.emit)
         state.flops["base"] = state.flops["base"] or flops
-        while state.base_rows < len(sequences):
-            try:
-                self._get(self.service.append.remote(base_records(sequences)))
-                state.base_rows = len(sequences)
-            except (RayError, GetTimeoutError) as error:
-                self._restart_service(error)
+        if state.base_rows < len(sequences):
+            self._ask_service("append", base_records(sequences))
+            state.base_rows = len(sequences)
         self._check_stop()
         if not self.state.rows:
             directory = str(self.runner.releases.directory(0))
@@ -137,6 +134,13 @@ class Coordinator:
                 reason = str(error).strip().splitlines()[-1]
                 raise ValueError(f"the experience store did not open: {reason}") from error
             self._restart_service(error)
+
+    def _ask_service(self, method: str, *arguments: Any) -> Any:
+        while True:
+            try:
+                return self._get(getattr(self.service, method).remote(*arguments))
+            except (RayError, GetTimeoutError) as error:
+                self._restart_service(error)
 
     def _restart_service(self, error: Exception) -> None:
         if is_users(error):
@@ -260,12 +264,8 @@ class Coordinator:
     def _note_wake(self, report: LearnerReport) -> None:
         wake, inside = self.state.wake, sum(step.seconds for step in report.steps)
         tokens = len(report.steps) * self.cfg.wake.batch * self.cfg.model.context
-        for key, value in (
-            ("steps", len(report.steps)),
-            ("tokens", tokens),
-            ("inside", inside),
-            ("wall", report.seconds),
-        ):
+        done = {"steps": len(report.steps), "tokens": tokens, "inside": inside, "wall": report.seconds}
+        for key, value in done.items():
             wake[key] += value
         wake["waited"] = wake.get("waited", 0.0) + sum(step.waited for step in report.steps)
         self.state.flops["wake"] = self.state.tokens * self.wake_flops
@@ -341,6 +341,8 @@ class Coordinator:
         self.emit("gate", round=record["id"], **gate)
         if record["release"] is not None:
             state.live = record["release"]
+            if record.get("dreams"):  # idempotent, and before the state says that the round is settled
+                self._ask_service("append_dreams", str(self.runner.releases.directory(state.live)))
             state.consolidated_key = self.runner.releases.read(state.live).last_key
             self._add_row(state.live, record["tokens"], figures["candidate"])
         state.save(self.run_dir)

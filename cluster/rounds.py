@@ -12,6 +12,7 @@ from typing import Any, Callable, Dict, List, Optional
 from ray.exceptions import RayError
 
 from cluster.consolidator import RankResult
+from cluster.dreaming import dreams_stored
 from cluster.failures import Budgets
 from cluster.releases import Release, Releases, shards_fingerprint
 from cluster.worker_group import PoolError, WorkerGroup
@@ -56,6 +57,7 @@ class Outcome:
             "flops": sum(rank.flops for rank in self.ranks),
             "optimizer_bytes": [rank.optimizer_bytes for rank in self.ranks],
             "backend": self.backend,
+            **({"dreams": self.ranks[0].dreams} if self.ranks[0].dreams else {}),
         }
 
 
@@ -84,6 +86,7 @@ class RoundRunner:
             tokens=mark["tokens"],
             steps=num_steps(self.cfg.sleep, recent),
             seed=self.cfg.run.seed * 1_000_003 + number,
+            dreams_stored=dreams_stored(self.releases, live) if self.cfg.dreams.share else 0,
         )
 
     def start(self, plan: RoundPlan, seen: List[str], anchor_row: Dict[str, float]) -> Future[Outcome]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nl_model.losses import distillation, forward_kl, token_nll
 from nl_model.model import NestedLM
-from pipelines.experience import KINDS, Sampler, Snapshot, build_sampler
+from pipelines.experience import DREAM_KEY, KINDS, Sampler, Snapshot, build_sampler
 from pipelines.sleep_config import SleepConfig
 
 
@@ -42,6 +42,8 @@ class RoundPlan:
     """Steps to train."""
     seed: int
     """Seed of its batches."""
+    dreams_stored: int = 0
+    """Dreams that earlier rounds left in the store."""
 
     def to_json(self) -> Dict[str, Any]:
         """As a JSON-able mapping."""
@@ -64,14 +66,27 @@ def learning_rate(peak: float, step: int, steps: int, warmup: float = 0.1, floor
 
 
 class RoundBatches:
-    """Batches of a round: a pure function of (snapshot, plan, step). Recent rows come first, then replayed ones.
+    """Batches of a round: a pure function of (snapshot, plan, step). Recent rows come first, then replayed ones, then
+    dreams.
 
     Recent experience is read in a seeded order, each once per pass; old experience is drawn by the sampler. Where there
-    is only one of them to be had, it fills the batch; ValueError where there is neither.
+    is only one of them to be had, it fills the batch; ValueError where there is neither. Dreams stand in for replayed
+    rows, one after the other, evenly over the steps; like recent experience they are learned with the teacher.
+
+    Args:
+        dreams: tokens of this round's dreams, int64 (n, S). Stored ones are never drawn.
+        dream_share: share of a batch that is dreamt, on average over the steps.
     """
 
-    def __init__(self, snapshot: Snapshot, plan: RoundPlan, cfg: SleepConfig) -> None:
-        usable = snapshot.kinds != KINDS.index("quarantined")
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        plan: RoundPlan,
+        cfg: SleepConfig,
+        dreams: Optional[np.ndarray] = None,
+        dream_share: float = 0.0,
+    ) -> None:
+        usable = (snapshot.kinds != KINDS.index("quarantined")) & (snapshot.keys < DREAM_KEY)
         recent = usable & (snapshot.keys >= plan.first_key) & (snapshot.keys <= plan.last_key)
         old = usable & (snapshot.keys < plan.first_key)
         self.snapshot, self.plan = snapshot, plan
@@ -91,16 +106,23 @@ class RoundBatches:
                 source_cap=cfg.source_cap,
             )
         self.num_old = cfg.batch - self.num_recent
+        self.dreams = np.empty((0, snapshot.context + 1), np.int64) if dreams is None else dreams
+        self.per_step = min(dream_share * cfg.batch, self.num_old) if len(self.dreams) else 0.0
 
     def rows(self, step: int) -> Tuple[np.ndarray, np.ndarray]:
-        """Row numbers (B,) of a step, and which of them are recent (B,) bool."""
+        """Row numbers (B - dreams of the step,) of a step, and which of them are recent, bool of the same shape."""
         first = step * self.num_recent
         recent = [self._recent(first + i) for i in range(self.num_recent)]
         old = np.empty(0, np.int64)
         if self.old is not None and self.num_old:
-            old = self.old.draw(self.num_old, self.plan.seed, step)[0]
+            old = self.old.draw(self.num_old, self.plan.seed, step)[0][: self.num_old - len(self.dreamt(step))]
         rows = np.concatenate([np.asarray(recent, dtype=np.int64), old])
         return rows, np.arange(len(rows)) < self.num_recent
+
+    def dreamt(self, step: int) -> np.ndarray:
+        """Numbers of the dreams of a step, int64 (n,)."""
+        first, last = math.floor(step * self.per_step), math.floor((step + 1) * self.per_step)
+        return np.arange(first, last) % max(1, len(self.dreams))
 
     def _recent(self, position: int) -> int:
         epoch, place = divmod(position, len(self.recent_rows))
@@ -115,10 +137,14 @@ class RoundBatches:
         return self._permutation
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Tuple[Tensor, Tensor]:
-        """One rank's share of a step: int64 tokens (B / world, S) and the recent mask (B / world,)."""
+        """One rank's share of a step: int64 tokens (B / world, S) and the mask (B / world,) of recent and dreamt."""
         rows, recent = self.rows(step)
-        tokens = self.snapshot.tokens(rows[rank::world]).astype(np.int64)
-        return torch.from_numpy(tokens), torch.from_numpy(recent[rank::world])
+        dreams = self.dreams[self.dreamt(step)]
+        mine = np.arange(len(rows) + len(dreams))[rank::world]
+        real, dreamt = mine[mine < len(rows)], mine[mine >= len(rows)] - len(rows)
+        tokens = np.concatenate([self.snapshot.tokens(rows[real]).astype(np.int64), dreams[dreamt]])
+        mask = np.concatenate([recent[real], np.ones(len(dreamt), bool)])
+        return torch.from_numpy(tokens), torch.from_numpy(mask)
 
 
 @torch.no_grad()
