@@ -136,7 +136,7 @@ class ConsolidationWorker:
         night = dream_together(
             cfg, plan, snapshot, awake, Path(directory), self.setting.tokenizer, (self.rank, self.world)
         )
-        batches = RoundBatches(snapshot, plan, cfg.sleep, night.tokens, cfg.dreams.share)
+        batches = RoundBatches(snapshot, plan, cfg.sleep, night.tokens, cfg.dreams)
         teacher, old = awake if cfg.sleep.teacher else None, anchor if cfg.sleep.anchor else None
         result, trained = self._train(student, batches, plan.steps, cfg.sleep.batch, cfg.sleep.optimizer, teacher, old)
         result.dreams, result.flops = night.record, result.flops + night.passes * forward

@@ -187,13 +187,13 @@ def generate_dreams(
     half = size // 2
     for row in np.flatnonzero(joined):
         prompt_BP[row, half:] = others_BS[row, offsets[row] : offsets[row] + size - half]
-    with torch.no_grad(), fire(model, fired, rng, cfg.gain) as ways:
+    with torch.inference_mode(), fire(model, fired, rng, cfg.gain) as ways:
         device = next(model.parameters()).device
         dreamt_BS = complete(model, torch.from_numpy(prompt_BP).to(device), length - size, sampling).cpu().numpy()
     keys, dreams = snapshot.keys, []
-    for row, way in enumerate(ways):
-        parents = [first[row], second[row]] if joined[row] else [first[row]]
-        dreams.append(Dream(dreamt_BS[row], tuple(int(keys[p]) for p in parents), size, way or "sampled"))
+    for place, way in enumerate(ways):
+        parents = [first[place], second[place]] if joined[place] else [first[place]]
+        dreams.append(Dream(dreamt_BS[place], tuple(int(keys[p]) for p in parents), size, way or "sampled"))
     return dreams
 
 

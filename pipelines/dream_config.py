@@ -14,31 +14,33 @@ SCORES = ("gradient", "progress")
 class DreamConfig:
     """Dreams: synthetic sequences that the awake model makes from recent experience at the start of a round."""
 
-    share: float = 0.0
-    """Share of a sleep batch that is dreamt, in place of replayed experience; 0 switches dreaming off."""
+    share: float = 0.0625
+    """Most of a sleep batch that is dreamt, in place of replayed experience; 0 switches dreaming off."""
+    repeats: int = 4
+    """Most times that a round trains on one dream: with few dreams, what is dreamt stays below the share."""
     cap: float = 0.05
     """Most dreams in the store, per row of real experience."""
-    candidates: int = 16
+    candidates: int = 8
     """Sequences generated per round, before any is judged."""
-    keep_top: int = 6
+    keep_top: int = 3
     """Candidates kept for their score."""
-    keep_random: int = 2
+    keep_random: int = 1
     """Candidates kept at random from the rest."""
-    prompt: float = 0.5
-    """Share of a dream that is taken from its parents; the model goes on from there."""
+    prompt: float = 0.75
+    """Share of a dream that is taken from its parents; the model goes on from there, which is what costs time."""
     combine: float = 0.5
     """Share of candidates whose prompt joins two experiences instead of continuing one."""
     fire: float = 0.5
     """Share of candidates for which one random level of one random block fires stronger than it was trained to."""
-    gain: float = 2.0
+    gain: float = 1.5
     """How much stronger: the factor on that level's output."""
-    temperature: float = 1.0
+    temperature: float = 0.8
     """Divides the logits when a token is drawn; 0 takes the most likely one."""
-    top_p: float = 0.95
+    top_p: float = 1.0
     """Draw from the fewest tokens that together have this probability."""
     score: str = "gradient"
     """gradient: norm of the last block's loss gradient. progress: loss taken off by one small step along it."""
-    measure: int = 32
+    measure: int = 8
     """Recent experiences held out of prompts: the band of real text, and what the reward loop measures itself by."""
     band: float = 0.25
     """Margin of the band of real text that a dream must lie in, as a share of the band's width on either side."""
@@ -61,7 +63,7 @@ class DreamConfig:
         at_least("dreams.candidates", self.candidates, 1)
         for key in ("keep_top", "keep_random", "copy_rows", "reward_rounds", "band", "gain", "reward_lr"):
             at_least(f"dreams.{key}", getattr(self, key), 0)
-        for key in ("measure", "ngram", "reward_steps"):
+        for key in ("measure", "ngram", "reward_steps", "repeats"):
             at_least(f"dreams.{key}", getattr(self, key), 1)
         if not 0 < self.prompt < 1:
             raise ValueError(f"dreams.prompt={self.prompt} must lie between 0 and 1, both excluded")

@@ -21,6 +21,7 @@ _DISTINCT = 4
 _CHUNK = 1024
 """Stored rows compared at a time."""
 _TABLE = 1 << 20
+_BASE = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True)
@@ -88,16 +89,31 @@ def density(tokens_N: np.ndarray) -> float:
 
 
 def ngram_hashes(tokens_RS: np.ndarray, n: int) -> np.ndarray:
-    """64-bit hash of each n-gram of each row, uint64 (R, S - n + 1): a polynomial modulo 2^64, then mixed."""
-    tokens, places = tokens_RS.astype(np.uint64), max(0, tokens_RS.shape[1] - n + 1)
-    hashed = np.zeros((len(tokens), places), np.uint64)
-    for shift in range(n):
-        hashed *= np.uint64(0x9E3779B97F4A7C15)
-        hashed += tokens[:, shift : shift + places] + np.uint64(1)
-    hashed ^= hashed >> np.uint64(29)
-    hashed *= np.uint64(0xBF58476D1CE4E5B9)
-    hashed ^= hashed >> np.uint64(32)
-    return hashed
+    """64-bit hash of each n-gram of each row, uint64 (R, S - n + 1): a polynomial modulo 2^64, then mixed.
+
+    Built by doubling, hash(uv) = hash(u) M^|v| + hash(v), in about 2 log2(n) passes.
+    """
+    power, size = tokens_RS.astype(np.uint64) + np.uint64(1), 1  # hashes of n-grams of length `size`, a power of two
+    done, length = np.zeros(1, np.uint64), 0
+    with np.errstate(over="ignore"):
+        while True:
+            if n & size:
+                done, length = _join(done, power, size, length), length + size
+            if 2 * size > n:
+                break
+            power, size = _join(power, power, size, size), 2 * size
+        done ^= done >> np.uint64(29)
+        done *= np.uint64(0xBF58476D1CE4E5B9)
+    return done
+
+
+def _join(left: np.ndarray, right: np.ndarray, size: int, length: int) -> np.ndarray:
+    """Hashes of n-grams of `length` tokens (`left`) followed by ones of `size` tokens (`right`)."""
+    if not length:
+        return right.copy()
+    factor = np.uint64(pow(_BASE, size, 1 << 64))
+    right = right[:, length:]
+    return left[:, : right.shape[1]] * factor + right
 
 
 def copied_shares(

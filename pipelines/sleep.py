@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nl_model.losses import distillation, forward_kl, token_nll
 from nl_model.model import NestedLM
+from pipelines.dream_config import DreamConfig
 from pipelines.experience import DREAM_KEY, KINDS, Sampler, Snapshot, build_sampler
 from pipelines.sleep_config import SleepConfig
 
@@ -75,7 +76,7 @@ class RoundBatches:
 
     Args:
         dreams: tokens of this round's dreams, int64 (n, S). Stored ones are never drawn.
-        dream_share: share of a batch that is dreamt, on average over the steps.
+        mixing: how much of a batch is dreamt, on average over the steps (share, repeats).
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class RoundBatches:
         plan: RoundPlan,
         cfg: SleepConfig,
         dreams: Optional[np.ndarray] = None,
-        dream_share: float = 0.0,
+        mixing: Optional[DreamConfig] = None,
     ) -> None:
         usable = (snapshot.kinds != KINDS.index("quarantined")) & (snapshot.keys < DREAM_KEY)
         recent = usable & (snapshot.keys >= plan.first_key) & (snapshot.keys <= plan.last_key)
@@ -107,7 +108,10 @@ class RoundBatches:
             )
         self.num_old = cfg.batch - self.num_recent
         self.dreams = np.empty((0, snapshot.context + 1), np.int64) if dreams is None else dreams
-        self.per_step = min(dream_share * cfg.batch, self.num_old) if len(self.dreams) else 0.0
+        mixing = mixing or DreamConfig()
+        often = mixing.repeats * len(self.dreams) / plan.steps
+        self.per_step = min(mixing.share * cfg.batch, often, self.num_old)
+        """Dreams of a step, on average."""
 
     def rows(self, step: int) -> Tuple[np.ndarray, np.ndarray]:
         """Row numbers (B - dreams of the step,) of a step, and which of them are recent, bool of the same shape."""
