@@ -39,7 +39,7 @@ def read_dreams(directory: Path) -> list[Record]:
             table = pa.ipc.open_stream(source).read_all()
         table.validate(full=True)
         rows = table.to_pylist()
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}); restore it from a copy, or delete it to go without") from error
     return [
         Record(**{**row, "parents": tuple(row["parents"]), "tokens": np.asarray(row["tokens"], np.int64)})
