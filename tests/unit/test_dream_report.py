@@ -56,5 +56,3 @@ def test_the_page_shows_dreams_escaped(record: Dict[str, Any], tmp_path: Path) -
     assert "<h2>Dreams</h2>" in page and "sorted out: copied" in page and "source2 2, source0 0" in page
     assert page.count("&lt;b&gt;burns&lt;/b&gt;") == 12, "some of them, from all rounds"
     assert "<b>burns</b>" not in page and "reward 0.12" in page and "blocks.1.fast" in page
-    (tmp_path / "summary.json").write_text(json.dumps(make_summary()))
-    assert "<h2>Dreams</h2>" not in write_report(tmp_path).read_text(encoding="utf-8")
