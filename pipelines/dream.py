@@ -23,7 +23,7 @@ from nl_model.generate import SamplingConfig, complete
 from nl_model.model import NestedLM, autocast
 from pipelines.dream_config import DreamConfig
 from pipelines.dream_filters import Bands, copied_shares, judge
-from pipelines.dream_score import gradient_norms, learning_progress, rewards, trained_copy
+from pipelines.dream_score import Tail, gradient_norms, learning_progress, rewards, trained_copy
 from pipelines.experience import DREAM_SOURCE, KINDS, Record, Snapshot, dream_key
 from pipelines.sleep import RoundPlan
 from pipelines.stream import SUBJECT_SEPARATOR
@@ -130,33 +130,26 @@ def dream(
     start, night = time.perf_counter(), Night()
     prompts, held = split_recent(snapshot, plan, cfg)
     limit = room_for_dreams(cfg, plan)
-    if len(held) < 2 or not limit:
+    if len(held) < 2 or not limit or not all(bool(p.isfinite().all()) for p in model.parameters()):
         return night
     dreamer, device = model, next(model.parameters()).device
-    measure_BS = torch.from_numpy(snapshot.tokens(held).astype(np.int64)).to(device)
-    rejected: Counter[str] = Counter()
+    bands, rejected = real_bands(snapshot, held, cfg), Counter[str]()
     with autocast(device, precision):
-        bands = real_bands(model, measure_BS, cfg)
-        if bands is None:
-            return night
         for turn in range(max(1, cfg.reward_rounds)):
             rng = np.random.default_rng([plan.seed, plan.round, _STREAM, turn])
             candidates = generate_dreams(dreamer, snapshot, prompts, cfg, rng, fire)
-            good, reasons = sort_out(model, snapshot, candidates, bands, plan, cfg)
-            chosen, left = choose(model, good, cfg, limit, rng)
+            chosen, reasons = choose(
+                Tail(model, _stacked(candidates, device)), candidates, bands, snapshot, plan, cfg, rng
+            )
             rejected.update(reasons)
-            rejected["not chosen"] += left
             if cfg.reward_rounds and chosen:
-                gains = rewards(model, _stacked(chosen, device), measure_BS, cfg)
-                chosen = [replace(one, reward=gain) for one, gain in zip(chosen, gains, strict=True)]
-                useless = [one for one in chosen if not (one.reward or 0.0) > 0]
-                rejected["useless"] += len(useless)
-                chosen = [one for one in chosen if (one.reward or 0.0) > 0]
+                chosen, useless = _rewarded(model, chosen, snapshot.tokens(held), cfg)
+                rejected["useless"] += useless
                 if chosen and turn + 1 < cfg.reward_rounds:
                     dreamer = trained_copy(model, _stacked(chosen, device), cfg)
             night.generated += len(candidates)
             night.dreams += chosen
-            night.passes += _passes(model, len(candidates), len(good), len(held), cfg)
+            night.passes += _passes(model, len(candidates), len(held), cfg)
     night.dreams, surplus = _best(night.dreams, limit)
     rejected["not chosen"] += surplus
     night.rejected = {reason: count for reason, count in sorted(rejected.items()) if count}
@@ -202,49 +195,47 @@ def prompt_size(length: int, cfg: DreamConfig) -> int:
     return min(max(2, round(cfg.prompt * length)), length - 1)
 
 
-def real_bands(model: NestedLM, measure_BS: Tensor, cfg: DreamConfig) -> Optional[Bands]:
-    """Where real text lies behind a prompt's length; None where the model's loss on it is not finite."""
-    prompt = prompt_size(measure_BS.size(1), cfg)
-    losses_B = _losses(model, measure_BS, prompt)
-    if not np.isfinite(losses_B).all():
-        return None
-    return Bands.of(measure_BS.cpu().numpy()[:, prompt:], losses_B, cfg.band)
+def real_bands(snapshot: Snapshot, held: np.ndarray, cfg: DreamConfig) -> Bands:
+    """Where real text of a dream's length lies; its loss is the surprise that the store holds, which costs no pass."""
+    texts_BN = snapshot.tokens(held)[:, prompt_size(snapshot.context + 1, cfg) :]
+    return Bands.of(texts_BN, snapshot.surprise[held].astype(np.float64), cfg.band)
 
 
 def sort_out(
-    model: NestedLM,
-    snapshot: Snapshot,
-    candidates: List[Dream],
-    bands: Bands,
-    plan: RoundPlan,
-    cfg: DreamConfig,
-) -> Tuple[List[Dream], Counter[str]]:
-    """The candidates that pass every filter, with their surprise, and how many failed which filter first."""
+    tail: Tail, snapshot: Snapshot, candidates: List[Dream], bands: Bands, plan: RoundPlan, cfg: DreamConfig
+) -> Tuple[List[int], np.ndarray, Counter[str]]:
+    """Places of the candidates that pass every filter, losses of all (B,), and how many failed which filter first."""
     prompt = candidates[0].prompt
-    loss_B = _losses(model, _stacked(candidates, next(model.parameters()).device), prompt)
-    behind = [dream.tokens[prompt:] for dream in candidates]
-    copied = copied_shares(snapshot, behind, [d.parents for d in candidates], plan.last_key, cfg)
-    good, reasons = [], Counter[str]()
-    for one, tokens, loss, share in zip(candidates, behind, loss_B, copied, strict=True):
-        reason = judge(tokens, float(loss), float(share), bands, cfg)
-        if reason:
-            reasons[reason] += 1
-        else:
-            good.append(replace(one, surprise=float(loss)))
-    return good, reasons
+    with torch.no_grad():
+        losses_B = tail.losses(tail.weights, slice(None), prompt).double().cpu().numpy()
+    behind = [one.tokens[prompt:] for one in candidates]
+    copied = copied_shares(snapshot, behind, [one.parents for one in candidates], plan.last_key, cfg)
+    verdicts = [
+        judge(tokens, float(loss), float(share), bands, cfg)
+        for tokens, loss, share in zip(behind, losses_B, copied, strict=True)
+    ]
+    good = [place for place, reason in enumerate(verdicts) if reason is None]
+    return good, losses_B, Counter(reason for reason in verdicts if reason is not None)
 
 
 def choose(
-    model: NestedLM, good: List[Dream], cfg: DreamConfig, limit: int, rng: np.random.Generator
-) -> Tuple[List[Dream], int]:
-    """The best by score and some at random, at most `limit`, with their scores; and the number of those left."""
-    if not good:
-        return [], 0
-    tokens_BS, prompt = _stacked(good, next(model.parameters()).device), good[0].prompt
+    tail: Tail,
+    candidates: List[Dream],
+    bands: Bands,
+    snapshot: Snapshot,
+    plan: RoundPlan,
+    cfg: DreamConfig,
+    rng: np.random.Generator,
+) -> Tuple[List[Dream], Counter[str]]:
+    """The best candidates by score and some at random, with loss and score; and the number of others by reason."""
+    good, losses_B, rejected = sort_out(tail, snapshot, candidates, bands, plan, cfg)
     score = gradient_norms if cfg.score == "gradient" else learning_progress
-    scores = score(model, tokens_BS, prompt, cfg)
+    scores = score(tail, good, candidates[0].prompt, cfg)
+    limit = room_for_dreams(cfg, plan)
     picked = top_and_random(scores, min(cfg.keep_top, limit), cfg.keep_random, limit, rng)
-    return [replace(good[i], score=scores[i]) for i in picked], len(good) - len(picked)
+    rejected["not chosen"] += len(good) - len(picked)
+    chosen = [replace(candidates[good[i]], surprise=float(losses_B[good[i]]), score=scores[i]) for i in picked]
+    return chosen, rejected
 
 
 def top_and_random(scores: List[float], top: int, random: int, limit: int, rng: np.random.Generator) -> List[int]:
@@ -276,12 +267,6 @@ def to_records(night: Night, snapshot: Snapshot, plan: RoundPlan) -> List[Record
     return records
 
 
-@torch.no_grad()
-def _losses(model: NestedLM, sequences_BS: Tensor, prompt: int) -> np.ndarray:
-    """Mean loss behind the prompt of each sequence, float64 (B,)."""
-    return model.nll(sequences_BS)[:, prompt - 1 :].mean(1).double().cpu().numpy()
-
-
 def _best(dreams: List[Dream], limit: int) -> Tuple[List[Dream], int]:
     """The `limit` dreams of the largest reward, where there are more (several turns of the reward loop)."""
     if len(dreams) <= limit:
@@ -293,10 +278,19 @@ def _stacked(dreams: List[Dream], device: torch.device) -> Tensor:
     return torch.from_numpy(np.stack([dream.tokens for dream in dreams])).to(device)
 
 
-def _passes(model: NestedLM, candidates: int, good: int, held: int, cfg: DreamConfig) -> float:
-    """Forward passes over one token that a turn costs; a backward pass counts two, the last block its share."""
-    context, last = model.cfg.context, 1.0 / len(model.blocks)
-    passes = 2.0 * candidates + held + good * (1 + 3 * last)
+def _rewarded(model: NestedLM, chosen: List[Dream], held_MS: np.ndarray, cfg: DreamConfig) -> Tuple[List[Dream], int]:
+    """The dreams that help on held-out experience, with their reward, and the number of the others."""
+    device = next(model.parameters()).device
+    measure_MS = torch.from_numpy(held_MS.astype(np.int64)).to(device)
+    gains = rewards(model, _stacked(chosen, device), measure_MS, cfg)
+    useful = [replace(one, reward=gain) for one, gain in zip(chosen, gains, strict=True) if gain > 0]
+    return useful, len(chosen) - len(useful)
+
+
+def _passes(model: NestedLM, candidates: int, held: int, cfg: DreamConfig) -> float:
+    """Forward passes over one token that a turn costs at most; a backward pass counts two, the last block its share."""
+    last = 1.0 / len(model.blocks)
+    passes = candidates * (2.0 + 3 * last)
     if cfg.reward_rounds:
-        passes += held + min(good, cfg.keep) * (1 + last * (3 * cfg.reward_steps + held))
-    return passes * context
+        passes += held + cfg.keep * (1 + last * (3 * cfg.reward_steps + held))
+    return passes * model.cfg.context

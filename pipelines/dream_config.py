@@ -26,7 +26,7 @@ class DreamConfig:
     """Candidates kept for their score."""
     keep_random: int = 1
     """Candidates kept at random from the rest."""
-    prompt: float = 0.75
+    prompt: float = 0.8
     """Share of a dream that is taken from its parents; the model goes on from there, which is what costs time."""
     combine: float = 0.5
     """Share of candidates whose prompt joins two experiences instead of continuing one."""
@@ -40,9 +40,9 @@ class DreamConfig:
     """Draw from the fewest tokens that together have this probability."""
     score: str = "gradient"
     """gradient: norm of the last block's loss gradient. progress: loss taken off by one small step along it."""
-    measure: int = 8
+    measure: int = 32
     """Recent experiences held out of prompts: the band of real text, and what the reward loop measures itself by."""
-    band: float = 0.25
+    band: float = 0.5
     """Margin of the band of real text that a dream must lie in, as a share of the band's width on either side."""
     ngram: int = 16
     """Tokens of the n-grams by which a dream is compared with stored text."""

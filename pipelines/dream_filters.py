@@ -50,11 +50,11 @@ class Bands:
     density: Band
     """Compressed bytes per byte."""
     loss: Band
-    """Mean loss of the awake model, nats per token: the logarithm of its perplexity."""
+    """Mean loss, nats per token: the logarithm of perplexity. The awake model's on a dream, surprise of real text."""
 
     @classmethod
     def of(cls, texts_BN: np.ndarray, losses_B: np.ndarray, margin: float) -> Bands:
-        """From real texts, (B, N), and the awake model's mean losses on them, (B,)."""
+        """From real texts, (B, N), and mean losses on them, (B,)."""
         return cls(
             Band.of([variety(text) for text in texts_BN], margin),
             Band.of([density(text) for text in texts_BN], margin),

@@ -7,6 +7,7 @@ sequences, S stored tokens, T = S - 1, D model width, P prompt tokens.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Dict, List
 
 import torch
@@ -21,20 +22,19 @@ from pipelines.dream_config import DreamConfig
 Weights = Dict[str, Tensor]
 
 
-def gradient_norms(model: NestedLM, sequences_BS: Tensor, prompt: int, cfg: DreamConfig) -> List[float]:
-    """Norm of the last block's gradient of the mean loss behind the prompt, per dream.
+def gradient_norms(tail: Tail, rows: Sequence[int], prompt: int, cfg: DreamConfig) -> List[float]:
+    """Norm of the last block's gradient of the mean loss behind the prompt, for each of some dreams.
 
     To first order, a step of length eta along the gradient takes eta times this norm off the loss.
     """
-    tail = _Tail(model, sequences_BS)
-    return [float(_norm(tail.gradient(tail.weights, slice(b, b + 1), prompt))) for b in range(len(sequences_BS))]
+    return [float(_norm(tail.gradient(tail.weights, slice(b, b + 1), prompt))) for b in rows]
 
 
 @torch.no_grad()
-def learning_progress(model: NestedLM, sequences_BS: Tensor, prompt: int, cfg: DreamConfig) -> List[float]:
-    """Loss behind the prompt that one step on a copy takes off, nats per token, per dream."""
-    tail, found = _Tail(model, sequences_BS), []
-    for b in range(len(sequences_BS)):
+def learning_progress(tail: Tail, rows: Sequence[int], prompt: int, cfg: DreamConfig) -> List[float]:
+    """Loss behind the prompt that one step on a copy takes off, nats per token, for each of some dreams."""
+    found = []
+    for b in rows:
         row = slice(b, b + 1)
         stepped = tail.step(tail.weights, row, cfg.reward_lr, prompt)
         found.append(float(tail.loss(tail.weights, row, prompt) - tail.loss(stepped, row, prompt)))
@@ -44,7 +44,7 @@ def learning_progress(model: NestedLM, sequences_BS: Tensor, prompt: int, cfg: D
 @torch.no_grad()
 def rewards(model: NestedLM, sequences_BS: Tensor, measure_MS: Tensor, cfg: DreamConfig) -> List[float]:
     """Loss that training a copy on each dream alone takes off held-out experience, nats per token."""
-    tail, held, found = _Tail(model, sequences_BS), _Tail(model, measure_MS), []
+    tail, held, found = Tail(model, sequences_BS), Tail(model, measure_MS), []
     everything = slice(0, len(measure_MS))
     before = held.loss(held.weights, everything)
     for b in range(len(sequences_BS)):
@@ -58,7 +58,7 @@ def rewards(model: NestedLM, sequences_BS: Tensor, measure_MS: Tensor, cfg: Drea
 @torch.no_grad()
 def trained_copy(model: NestedLM, sequences_BS: Tensor, cfg: DreamConfig) -> NestedLM:
     """A copy of the model whose last block was trained on rewarded dreams, `cfg.reward_steps` passes over them."""
-    tail = _Tail(model, sequences_BS)
+    tail = Tail(model, sequences_BS)
     weights = tail.weights
     for _ in range(cfg.reward_steps):
         for b in range(len(sequences_BS)):
@@ -69,7 +69,7 @@ def trained_copy(model: NestedLM, sequences_BS: Tensor, cfg: DreamConfig) -> Nes
     return dreamer
 
 
-class _Tail:
+class Tail:
     """The last block and the head as a function of the last block's weights, over fixed sequences."""
 
     def __init__(self, model: NestedLM, sequences_BS: Tensor) -> None:
@@ -83,8 +83,12 @@ class _Tail:
 
     def loss(self, weights: Weights, rows: slice, prompt: int = 1) -> Tensor:
         """Mean loss of some rows behind the first `prompt` tokens."""
+        return self.losses(weights, rows, prompt).mean()
+
+    def losses(self, weights: Weights, rows: slice, prompt: int = 1) -> Tensor:
+        """Mean loss of each of some rows behind the first `prompt` tokens: (B,)."""
         y_BTD, _ = functional_call(self.block, weights, (self.x_BTD[rows], self.rotary, None, {}))
-        return token_nll(self.model.logits(y_BTD), self.targets_BT[rows])[:, prompt - 1 :].mean()
+        return token_nll(self.model.logits(y_BTD), self.targets_BT[rows])[:, prompt - 1 :].mean(1)
 
     def gradient(self, weights: Weights, rows: slice, prompt: int = 1) -> Weights:
         """Gradient of `loss` by the last block's weights."""

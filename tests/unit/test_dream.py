@@ -42,7 +42,7 @@ LOOSE = DreamConfig(
 def record(key: int) -> Record:
     tokens = np.random.default_rng(key + 100).integers(0, 257, CONTEXT + 1)
     kind = "base" if key < 0 else "quarantined" if key in QUARANTINED else "real"
-    surprise = math.inf if kind == "quarantined" else 1.0
+    surprise = math.inf if kind == "quarantined" else 1.0 + key % 5
     return Record(key=key, source=f"s{key % 3}", subject=f"p{key}", kind=kind, surprise=surprise, tokens=tokens)
 
 

@@ -16,7 +16,7 @@ from nl_model.config import LevelConfig
 from nl_model.model import NestedLM
 from pipelines.dream import Dream, dream
 from pipelines.dream_config import DreamConfig
-from pipelines.dream_score import gradient_norms, learning_progress, rewards, trained_copy
+from pipelines.dream_score import Tail, gradient_norms, learning_progress, rewards, trained_copy
 from pipelines.experience import ExperienceStore, Record, Snapshot
 from pipelines.sleep import RoundPlan
 
@@ -40,14 +40,14 @@ def test_the_gradient_norm_is_autograds_on_the_last_block(model: NestedLM) -> No
         model.nll(row[None])[:, PROMPT - 1 :].mean().backward()
         gradients = [p.grad for p in model.blocks[-1].parameters() if p.grad is not None]
         norms.append(float(torch.cat([g.flatten() for g in gradients]).norm()))
-    assert gradient_norms(model, tokens, PROMPT, CFG) == pytest.approx(norms, rel=1e-6)
+    assert gradient_norms(Tail(model, tokens), range(3), PROMPT, CFG) == pytest.approx(norms, rel=1e-6)
 
 
 def test_learning_progress_is_the_gradient_norm_to_first_order(model: NestedLM) -> None:
     tokens, cfg = sequences(4, 1), replace(CFG, reward_lr=1e-6)
     size = float(torch.cat([p.detach().flatten() for p in model.blocks[-1].parameters()]).norm())
-    expected = [1e-6 * size * norm for norm in gradient_norms(model, tokens, PROMPT, cfg)]
-    assert learning_progress(model, tokens, PROMPT, cfg) == pytest.approx(expected, rel=1e-3)
+    expected = [1e-6 * size * norm for norm in gradient_norms(Tail(model, tokens), range(4), PROMPT, cfg)]
+    assert learning_progress(Tail(model, tokens), range(4), PROMPT, cfg) == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_rewarded_copy_has_learned_and_the_model_has_not(model: NestedLM) -> None:
@@ -93,7 +93,7 @@ def test_the_loop_keeps_what_helps(model: NestedLM, tmp_path: Path, monkeypatch:
     """Useful and useless candidates side by side, through filters, choice and reward."""
     half_trained(model)
     with ExperienceStore.open(tmp_path / "store", CONTEXT, "uint16") as store:
-        store.append([Record(key=k, source="s", tokens=t) for k, t in enumerate(pattern(80, 3000))])
+        store.append([Record(key=k, source="s", surprise=1.0 + k, tokens=t) for k, t in enumerate(pattern(80, 3000))])
         store.commit()
     texts = np.concatenate([pattern(5, 4000), noise(5, 4000)])
     asked = []

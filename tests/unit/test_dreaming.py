@@ -31,7 +31,9 @@ CFG = DreamConfig(share=0.25, cap=1.0, keep_top=3, keep_random=2, band=50.0, max
 def snapshot(tmp_path: Path) -> Snapshot:
     texts = np.random.default_rng(0).integers(0, 257, (STREAMED, CONTEXT + 1))
     with ExperienceStore.open(tmp_path / "store", CONTEXT, "uint16") as store:
-        store.append([Record(key=k, source="s", tokens=t) for k, t in enumerate(texts)], {"at": STREAMED})
+        store.append(
+            [Record(key=k, source="s", surprise=1.0 + k % 7, tokens=t) for k, t in enumerate(texts)], {"at": STREAMED}
+        )
         store.commit()
     return Snapshot.open(tmp_path / "store")
 
