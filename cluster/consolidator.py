@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cluster.actors import configure_torch
+from cluster.dreaming import dream_together
 from cluster.judge import Judge, Verdict, candidate_identity
 from cluster.releases import Shard, inspect_shard, load_release, read_release, split, write_shard
 from cluster.training_state import RoundStates, read_state, write_state
@@ -68,6 +69,8 @@ class RankResult:
     """Steps that an earlier attempt had done."""
     flops: float = 0.0
     """FLOPs of this rank, passes of guides and of whoever spoke included."""
+    dreams: Optional[Dict[str, Any]] = None
+    """Rank 0: what was dreamt, as the round's record keeps it."""
 
 
 class ConsolidationWorker:
@@ -152,7 +155,9 @@ class ConsolidationWorker:
         for model in (student, awake):
             load_into(model, {**weights, **{n: u + offset[n] for n, u in unshifted.items()}})
         sleep = adjusted(cfg.sleep, plan.recent_scale, plan.lr_scale)
-        batches = RoundBatches(snapshot, plan, sleep)
+        share = (self.rank, self.world)
+        night = dream_together(cfg, plan, snapshot, awake, Path(directory), self.setting.tokenizer, share)
+        batches = RoundBatches(snapshot, plan, sleep, night.tokens, cfg.dreams)
         receivers = receivers_due(cfg.levels, plan.first_key * cfg.model.context, plan.tokens)
         expansion = expand(student, receivers, sleep, plan.seed)
         teacher, old = awake if sleep.teacher else None, anchor if sleep.anchor else None
@@ -168,6 +173,8 @@ class ConsolidationWorker:
             plain, tokens = self._model(), batches.batch(0)[0][:, :-1].to(self.device)
             result.loss["fold"] = folded(plain, trained, expansion, sleep, plan.seed, tokens).divergence or 0.0
             trained = {name: p.detach().cpu() for name, p in plain.named_parameters()}
+        forward = forward_flops(cfg.model, cfg.levels, self.setting.tokenizer.vocab_size)
+        result.dreams, result.flops = night.record, result.flops + night.passes * forward
         tensors = {f"weight/{n}": t for n, t in trained.items()}
         tensors.update({f"offset/{n}": trained[n] - u for n, u in unshifted.items()})
         identity = candidate_identity(plan, read_release(Path(anchor_dir)).fingerprint)

@@ -115,12 +115,9 @@ class Coordinator:
         state = self.state
         sequences, flops = prepare_base(self.cfg, self.run_dir, self.setting, self.runner, self.emit)
         state.flops["base"] = state.flops["base"] or flops
-        while state.base_rows < len(sequences):
-            try:
-                self._get(self.service.append.remote(base_records(sequences)))
-                state.base_rows = len(sequences)
-            except (RayError, GetTimeoutError) as error:
-                self._restart_service(error)
+        if state.base_rows < len(sequences):
+            self._ask_service("append", base_records(sequences))
+            state.base_rows = len(sequences)
         self._check_stop()
         if not self.state.rows:
             directory = str(self.runner.releases.directory(0))
@@ -140,6 +137,13 @@ class Coordinator:
                 raise ValueError(f"the experience store did not open: {reason}") from error
             self._restart_service(error)
 
+    def _ask_service(self, method: str, *arguments: Any) -> Any:
+        while True:
+            try:
+                return self._get(getattr(self.service, method).remote(*arguments))
+            except (RayError, GetTimeoutError) as error:
+                self._restart_service(error)
+
     def _restart_service(self, error: Exception) -> None:
         if is_users(error):
             raise cause_of(error) from None
@@ -152,6 +156,7 @@ class Coordinator:
         if self.service is None:
             self._start_service()
         self.ledger.recover()
+        self._store_dreams(self.state.live)
         if not self.runner.group.started and not self.cfg.pool.release_after_round:
             self.runner.with_pool(lambda group: group.pids)
         self._start_learner()
@@ -256,12 +261,8 @@ class Coordinator:
     def _note_wake(self, report: LearnerReport) -> None:
         wake, inside = self.state.wake, sum(step.seconds for step in report.steps)
         tokens = len(report.steps) * self.cfg.wake.batch * self.cfg.model.context
-        for key, value in (
-            ("steps", len(report.steps)),
-            ("tokens", tokens),
-            ("inside", inside),
-            ("wall", report.seconds),
-        ):
+        done = {"steps": len(report.steps), "tokens": tokens, "inside": inside, "wall": report.seconds}
+        for key, value in done.items():
             wake[key] += value
         wake["waited"] = wake.get("waited", 0.0) + sum(step.waited for step in report.steps)
         self.state.flops["wake"] = self.state.tokens * self.wake_flops
@@ -306,6 +307,7 @@ class Coordinator:
             return
         outcome, self.round = self.round.result(), None
         release = self.runner.settle(outcome, self.state.audit)
+        self._store_dreams(release)
         self.ledger.settle(outcome.record(release))
         if release is not None and self.learner is not None:
             self._send_adoption(release)
@@ -319,6 +321,11 @@ class Coordinator:
         except (RayError, GetTimeoutError, IndexError):
             return  # the round's own thread sees the failure and deals with it
         self.emit("round_progress", round=self.state.next_round, step=step, steps=steps, loss=loss)
+
+    def _store_dreams(self, release: Optional[int]) -> None:
+        """Hand a release's dreams to the store. Doing it again changes nothing, so a crash may fall anywhere."""
+        if release and self.runner.releases.read(release).record.get("dreams"):
+            self._ask_service("append_dreams", str(self.runner.releases.directory(release)))
 
     def _send_adoption(self, release: int) -> None:
         """Tell the learner; in deterministic mode at the boundary one period behind the one that the round pinned."""

@@ -10,6 +10,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import numpy as np
 
 from pipelines.config import StoreConfig
+from pipelines.dream_file import read_dreams
 from pipelines.experience import ExperienceStore, Record
 
 Waiting = Tuple[List[Record], Optional[Dict[str, Any]], "asyncio.Future[int]"]
@@ -34,6 +35,10 @@ class ExperienceService:
         if self.committing is None or self.committing.done():
             self.committing = asyncio.create_task(self._commit())
         return await future
+
+    async def append_dreams(self, directory: str) -> int:
+        """Make the dreams that a release brought along durable; returns the store version that holds them."""
+        return await self.append(read_dreams(Path(directory)))
 
     async def _commit(self) -> None:
         while self.waiting:

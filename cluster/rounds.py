@@ -12,6 +12,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 from ray.exceptions import RayError
 
 from cluster.consolidator import RankResult
+from cluster.dreaming import dreams_stored
 from cluster.failures import Budgets
 from cluster.judge import gather_evidence, gather_storage
 from cluster.releases import Release, Releases, shards_fingerprint
@@ -62,6 +63,7 @@ class Outcome:
             "flops": sum(rank.flops for rank in self.ranks),
             "optimizer_bytes": [rank.optimizer_bytes for rank in self.ranks],
             "backend": self.backend,
+            **({"dreams": self.ranks[0].dreams} if self.ranks[0].dreams else {}),
         }
 
 
@@ -99,6 +101,7 @@ class RoundRunner:
             seed=self.cfg.run.seed * 1_000_003 + number,
             recent_scale=adjustment.recent_scale,
             lr_scale=adjustment.lr_scale,
+            dreams_stored=dreams_stored(self.releases, live) if self.cfg.dreams.share else 0,
         )
 
     def start(self, plan: RoundPlan, seen: List[str], best: Dict[str, float]) -> Future[Outcome]:

@@ -9,7 +9,8 @@ import numpy as np
 
 from cluster.state import RunState
 from pipelines.config import Config
-from pipelines.experience import Snapshot
+from pipelines.dream_report import dream_summary
+from pipelines.experience import DREAM_KEY, Snapshot
 from pipelines.probe import Row, read_matrix
 from pipelines.setting import Setting
 from pipelines.versions import versions
@@ -31,6 +32,7 @@ def build_summary(cfg: Config, run_dir: Path, setting: Setting, state: RunState)
         **matrix,
         "control": _control(state, sources, slack),
         "rounds": state.rounds,
+        "dreams": dream_summary(state.rounds),
         "tokens_streamed": state.tokens,
         "wake_tokens_per_second": wake["tokens"] / max(wake["inside"], 1e-9),
         "system_overhead": 1.0 - wake["inside"] / wall,
@@ -61,7 +63,7 @@ def experiences(cfg: Config, run_dir: Path, setting: Setting, state: RunState) -
     """Count the store against the stream: every key up to the learner's position must be there exactly once."""
     snapshot = Snapshot.open(run_dir / "store")
     keys = np.asarray(snapshot.keys)
-    streamed = keys[keys >= 0]
+    streamed = keys[(keys >= 0) & (keys < DREAM_KEY)]
     expected = state.tokens // cfg.model.context
     distinct = np.unique(streamed)
     return {
@@ -69,5 +71,6 @@ def experiences(cfg: Config, run_dir: Path, setting: Setting, state: RunState) -
         "duplicates": len(streamed) - len(distinct),
         "lost": int(expected - np.count_nonzero(distinct < expected)),
         "base": int(np.count_nonzero(keys < 0)),
+        "dreams": int(np.count_nonzero(keys >= DREAM_KEY)),
         "quarantined": len(state.quarantined),
     }

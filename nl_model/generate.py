@@ -56,6 +56,23 @@ def sample(logits_BV: Tensor, cfg: SamplingConfig, generator: Optional[torch.Gen
     return torch.multinomial(logits_BV.softmax(-1), 1, generator=generator).squeeze(1)
 
 
+class Reader:
+    """Plain inference: mixer states and a position, no weights of a sequence's own. Feeds like a `StreamingModel`."""
+
+    def __init__(self, model: NestedLM, batch: int) -> None:
+        self.model, self.states, self.position = model, model.initial_states(batch), 0
+
+    @torch.no_grad()
+    def feed(self, tokens_BN: Tensor) -> Tensor:
+        """Read tokens, int64 (B, N), at most a context of them at once; returns logits (B, N, V)."""
+        out: List[Tensor] = []
+        for piece_BN in tokens_BN.split(self.model.cfg.context, 1):
+            logits_BNV, self.states = self.model.run(piece_BN, self.states, None, self.position)
+            self.position += piece_BN.size(1)
+            out.append(logits_BNV)
+        return torch.cat(out, 1)
+
+
 def generate(
     model: NestedLM,
     prompt_BN: Tensor,
@@ -77,14 +94,15 @@ def generate(
     if prompt_BN.dim() != 2 or not prompt_BN.size(1):
         raise ValueError(f"the prompt has shape {tuple(prompt_BN.shape)}; give (B, N) tokens, N at least 1")
     cfg = cfg or SamplingConfig()
-    stream = stream or StreamingModel(model, prompt_BN.size(0), learn=learn)
+    batch = prompt_BN.size(0)
+    reader = stream or (StreamingModel(model, batch) if learn else Reader(model, batch))
     generator = torch.Generator(device=prompt_BN.device).manual_seed(cfg.seed)
-    logits_BV = stream.feed(prompt_BN)[:, -1]
+    logits_BV = reader.feed(prompt_BN)[:, -1]
     for index in range(new_tokens):
         token_B = sample(logits_BV, cfg, generator)
         yield token_B
         if index + 1 < new_tokens:
-            logits_BV = stream.feed(token_B[:, None])[:, -1]
+            logits_BV = reader.feed(token_B[:, None])[:, -1]
 
 
 def complete(

@@ -7,6 +7,7 @@ from typing import Dict, List, Optional
 
 from nl_model.config import LevelConfig, ModelConfig, OptimizerConfig, check_levels, in_tokens
 from pipelines.checks import at_least, one_of
+from pipelines.dream_config import DreamConfig
 from pipelines.gate_config import GateConfig
 from pipelines.pool_config import PoolConfig
 from pipelines.sleep_config import SleepConfig
@@ -241,6 +242,7 @@ class Config:
     wake: WakeConfig = field(default_factory=WakeConfig)
     when: WhenConfig = field(default_factory=WhenConfig)
     sleep: SleepConfig = field(default_factory=SleepConfig)
+    dreams: DreamConfig = field(default_factory=DreamConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
     pool: PoolConfig = field(default_factory=PoolConfig)

@@ -13,6 +13,7 @@ from typing import Any, Optional
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.table import Table
 
+from pipelines.dream_report import dream_section
 from pipelines.events import Timeline, build_timeline, describe_round, read_events, short_number
 from pipelines.gate_report import gate_rows
 from pipelines.plots import write_plots
@@ -54,6 +55,7 @@ def write_report(run_dir: Path) -> Path:
             sources=source_lines(summary),
             rounds=_round_rows(summary),
             gates=gate_rows(summary),
+            dreams=dream_section(summary),
             costs=_costs(summary),
             experiences=[(f"{value:,}", key) for key, value in (summary.get("experiences") or {}).items()],
             quarantined=timeline.quarantined,

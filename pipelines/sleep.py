@@ -17,7 +17,8 @@ from torch import Tensor
 from nl_model.distillation import Guide, distillation, divergence, top_k
 from nl_model.losses import token_nll
 from nl_model.model import NestedLM
-from pipelines.experience import KINDS, Sampler, Snapshot, build_sampler
+from pipelines.dream_config import DreamConfig
+from pipelines.experience import DREAM_KEY, KINDS, Sampler, Snapshot, build_sampler
 from pipelines.sleep_config import SleepConfig
 
 
@@ -47,6 +48,8 @@ class RoundPlan:
     """Factor of sleep.recent (pipelines/replan.py)."""
     lr_scale: float = 1.0
     """Factor of the pool's step size."""
+    dreams_stored: int = 0
+    """Dreams that earlier rounds left in the store."""
 
     def to_json(self) -> Dict[str, Any]:
         """As a JSON-able mapping."""
@@ -77,14 +80,27 @@ def mixing(kind: str, step: int, steps: int) -> float:
 
 
 class RoundBatches:
-    """Batches of a round: a pure function of (snapshot, plan, step). Recent rows come first, then replayed ones.
+    """Batches of a round: a pure function of (snapshot, plan, step). Recent rows come first, then replayed ones, then
+    dreams.
 
     Recent experience is read in a seeded order, each once per pass; old experience is drawn by the sampler. Where there
-    is only one of them to be had, it fills the batch; ValueError where there is neither.
+    is only one of them to be had, it fills the batch; ValueError where there is neither. Dreams stand in for replayed
+    rows, one after the other, evenly over the steps; like recent experience they are learned with the teacher.
+
+    Args:
+        dreams: tokens of this round's dreams, int64 (n, S). Stored ones are never drawn.
+        mixing: how much of a batch is dreamt, on average over the steps (share, repeats).
     """
 
-    def __init__(self, snapshot: Snapshot, plan: RoundPlan, cfg: SleepConfig) -> None:
-        usable = snapshot.kinds != KINDS.index("quarantined")
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        plan: RoundPlan,
+        cfg: SleepConfig,
+        dreams: Optional[np.ndarray] = None,
+        mixing: Optional[DreamConfig] = None,
+    ) -> None:
+        usable = (snapshot.kinds != KINDS.index("quarantined")) & (snapshot.keys < DREAM_KEY)
         recent = usable & (snapshot.keys >= plan.first_key) & (snapshot.keys <= plan.last_key)
         old = usable & (snapshot.keys < plan.first_key)
         self.snapshot, self.plan = snapshot, plan
@@ -104,6 +120,11 @@ class RoundBatches:
                 source_cap=cfg.source_cap,
             )
         self.num_old = cfg.batch - self.num_recent
+        self.dreams = np.empty((0, snapshot.context + 1), np.int64) if dreams is None else dreams
+        mixing = mixing or DreamConfig()
+        often = mixing.repeats * len(self.dreams) / plan.steps
+        self.per_step = min(mixing.share * cfg.batch, often, self.num_old)
+        """Dreams of a step, on average."""
 
     def recent_sources(self) -> List[str]:
         """Sources of the recent experience, by name."""
@@ -111,14 +132,19 @@ class RoundBatches:
         return sorted(names[i] for i in np.unique(self.snapshot.source_ids[self.recent_rows]))
 
     def rows(self, step: int) -> Tuple[np.ndarray, np.ndarray]:
-        """Row numbers (B,) of a step, and which of them are recent (B,) bool."""
+        """Row numbers (B - dreams of the step,) of a step, and which of them are recent, bool of the same shape."""
         first = step * self.num_recent
         recent = [self._recent(first + i) for i in range(self.num_recent)]
         old = np.empty(0, np.int64)
         if self.old is not None and self.num_old:
-            old = self.old.draw(self.num_old, self.plan.seed, step)[0]
+            old = self.old.draw(self.num_old, self.plan.seed, step)[0][: self.num_old - len(self.dreamt(step))]
         rows = np.concatenate([np.asarray(recent, dtype=np.int64), old])
         return rows, np.arange(len(rows)) < self.num_recent
+
+    def dreamt(self, step: int) -> np.ndarray:
+        """Numbers of the dreams of a step, int64 (n,)."""
+        first, last = math.floor(step * self.per_step), math.floor((step + 1) * self.per_step)
+        return np.arange(first, last) % max(1, len(self.dreams))
 
     def _recent(self, position: int) -> int:
         epoch, place = divmod(position, len(self.recent_rows))
@@ -138,14 +164,19 @@ class RoundBatches:
         return np.sort(self.recent_rows[self._order(0)[:read]]) if read else self.recent_rows[:0]
 
     def keys(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
-        """Keys of one rank's share of a step: int64 (B / world,)."""
-        return np.asarray(self.snapshot.keys[self.rows(step)[0][rank::world]])
+        """Keys of one rank's share of a step: int64 (B / world,); those of dreams are no experience's."""
+        real = self.snapshot.keys[self.rows(step)[0]]
+        return np.concatenate([real, DREAM_KEY + self.dreamt(step)])[rank::world]
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Tuple[Tensor, Tensor]:
-        """One rank's share of a step: int64 tokens (B / world, S) and the recent mask (B / world,)."""
+        """One rank's share of a step: int64 tokens (B / world, S) and the mask (B / world,) of recent and dreamt."""
         rows, recent = self.rows(step)
-        tokens = self.snapshot.tokens(rows[rank::world]).astype(np.int64)
-        return torch.from_numpy(tokens), torch.from_numpy(recent[rank::world])
+        dreams = self.dreams[self.dreamt(step)]
+        mine = np.arange(len(rows) + len(dreams))[rank::world]
+        real, dreamt = mine[mine < len(rows)], mine[mine >= len(rows)] - len(rows)
+        tokens = np.concatenate([self.snapshot.tokens(rows[real]).astype(np.int64), dreams[dreamt]])
+        mask = np.concatenate([recent[real], np.ones(len(dreamt), bool)])
+        return torch.from_numpy(tokens), torch.from_numpy(mask)
 
 
 @torch.no_grad()

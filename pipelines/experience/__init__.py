@@ -2,12 +2,14 @@
 
 from pipelines.experience.disk import ConflictError, StoreFullError, SyncError
 from pipelines.experience.sampler import Recency, Sampler, Surprise, Uniform, build_sampler
-from pipelines.experience.schema import KINDS, Record, make_schema, records_to_batch
+from pipelines.experience.schema import DREAM_KEY, DREAM_SOURCE, KINDS, Record, dream_key, make_schema, records_to_batch
 from pipelines.experience.snapshot import Snapshot
 from pipelines.experience.store import ExperienceStore
 from pipelines.experience.verify import SegmentInfo, VerifyReport, list_store, verify, verify_recent
 
 __all__ = [
+    "DREAM_KEY",
+    "DREAM_SOURCE",
     "KINDS",
     "ConflictError",
     "ExperienceStore",
@@ -22,6 +24,7 @@ __all__ = [
     "Uniform",
     "VerifyReport",
     "build_sampler",
+    "dream_key",
     "list_store",
     "make_schema",
     "records_to_batch",

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.experience.manifest import Entry, State
-from pipelines.experience.schema import KINDS, make_schema
+from pipelines.experience.schema import DREAM_KEY, KINDS, make_schema
 from pipelines.experience.segment import Extent, SegmentReader
 
 
@@ -49,13 +49,15 @@ class RowIndex:
         """`state` is taken over. Reads no segment yet."""
         self.state = state
         self._store, self._verify = store, verify
-        self._schema = make_schema(state.entry.context, state.entry.dtype)
+        self._schema = make_schema(state.entry.context, state.entry.dtype, state.entry.format)
         self.token_dtype = np.dtype(state.entry.dtype)
         self.keys = Column(np.int64)
         self.streamed = Column(np.int64)
         """Row of streamed key k at place k."""
         self.base = Column(np.int64)
         """Row of base key -1 - p at place p."""
+        self.dreams = Column(np.int64)
+        """Rows of dreams, by key."""
         self.source_ids = Column(np.int32)
         self.surprise = Column(np.float32)
         self.kinds = Column(np.uint8)
@@ -106,7 +108,8 @@ class RowIndex:
     def _add(self, extent: Extent) -> None:
         start = self.keys.size
         rows = np.arange(start, start + extent.rows)
-        (self.base if extent.min_key < 0 else self.streamed).extend(rows)
+        dreamt = extent.min_key >= DREAM_KEY
+        (self.base if extent.min_key < 0 else self.dreams if dreamt else self.streamed).extend(rows)
         self.keys.extend(extent.keys())
         self._starts.extend(np.array([start]))
         self._tokens.append(None)

@@ -48,6 +48,10 @@ class Entry:
     """Largest streamed key; -1: none yet."""
     base_rows: int = 0
     """Rows of the base mixture; their keys are -1 .. -base_rows."""
+    dreams: int = 0
+    """Rows that are dreams."""
+    last_dream: int = -1
+    """Largest key of a dream; -1: none yet."""
     by_source: dict[str, int] = field(default_factory=dict)
     """Rows per source."""
     format: int = FORMAT
@@ -57,7 +61,7 @@ class Entry:
     @property
     def rows(self) -> int:
         """Rows of all kinds."""
-        return self.last_key + 1 + self.base_rows
+        return self.last_key + 1 + self.base_rows + self.dreams
 
 
 class State:

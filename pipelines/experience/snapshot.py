@@ -110,13 +110,18 @@ class Snapshot:
         return self._index.kinds.view(len(self))
 
     def rows_between(self, first_key: int, last_key: int) -> npt.NDArray[np.int64]:
-        """Rows whose keys lie in [first_key, last_key], shape (n,); the base mixture first, then the stream, in order.
+        """Rows whose keys lie in [first_key, last_key], shape (n,): base mixture first, then the stream; never dreams.
 
         Keys outside the snapshot are left out. Time is proportional to n.
         """
         base = self._index.base.view(self._entry.base_rows)[max(0, -1 - last_key) : max(0, -first_key)]
         streamed = self._index.streamed.view(self.last_key + 1)[max(0, first_key) : max(0, last_key + 1)]
         return np.concatenate([base, streamed])
+
+    def dream_rows(self, before: int) -> npt.NDArray[np.int64]:
+        """Rows of the dreams whose keys lie below `before`, shape (n,), by key."""
+        rows = self._index.dreams.view(self._entry.dreams)
+        return rows[: int(np.searchsorted(self.keys[rows], before))]
 
     def tokens(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """Tokens of `rows`, shape (n, context + 1), in the store's dtype, copied out of the memory map.
@@ -138,6 +143,8 @@ class Snapshot:
         for number, place in zip(*(part.tolist() for part in self._index.locate(rows)), strict=True):
             extent = self._index.state.extents[number]
             fields = self._index.reader(extent).batch(extent).slice(place, 1).drop_columns("tokens").to_pylist()[0]
+            parents = fields.pop("parents", None)
+            fields["parents"] = None if parents is None else tuple(parents)
             found.append(Record(**fields, tokens=self._index.tokens(number)[place].copy()))
         return found
 

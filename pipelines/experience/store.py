@@ -23,7 +23,7 @@ import pyarrow as pa
 from pipelines.config import StoreConfig
 from pipelines.experience.disk import ConflictError, Lock, StoreFullError, sync_directory
 from pipelines.experience.manifest import Entry, Manifest, State
-from pipelines.experience.schema import Record, layout, make_schema, records_to_batch
+from pipelines.experience.schema import DREAM_KEY, Record, layout, make_schema, records_to_batch
 from pipelines.experience.segment import Extent, SegmentWriter
 
 
@@ -45,10 +45,14 @@ class ExperienceStore:
         self._closed = False
         self._streamed: list[pa.RecordBatch] = []
         self._base: list[pa.RecordBatch] = []
+        self._dreams: list[pa.RecordBatch] = []
+        """One batch per round: keys of different rounds leave gaps, and an extent has none."""
         self._queued_bytes = 0
         self._queued_cursor: dict[str, Any] | None = None
         self._next_key = state.entry.last_key + 1
         self._next_base = -state.entry.base_rows - 1
+        self._next_dream = state.entry.last_dream + 1
+        self._num_dreams = state.entry.dreams
         self.ignored = 0
         """Rows dropped because their key was already there."""
 
@@ -71,7 +75,9 @@ class ExperienceStore:
             directory.mkdir(parents=True, exist_ok=True)
         lock = Lock(path / "LOCK", lock_timeout)
         try:
-            return cls(path, schema, cfg or StoreConfig(), _take_over(path, schema), lock)
+            state = _take_over(path, schema)
+            schema = make_schema(context, dtype, state.entry.format)
+            return cls(path, schema, cfg or StoreConfig(), state, lock)
         except (OSError, ValueError):
             lock.close()
             raise
@@ -97,6 +103,11 @@ class ExperienceStore:
         return self._state.entry.base_rows
 
     @property
+    def dreams(self) -> int:
+        """Committed dreams."""
+        return self._state.entry.dreams
+
+    @property
     def rows(self) -> int:
         """Committed rows of all kinds."""
         return self._state.entry.rows
@@ -114,22 +125,26 @@ class ExperienceStore:
     def append(self, records: Sequence[Record], cursor: dict[str, Any] | None = None) -> None:
         """Queue records and the stream cursor that follows them; commits at once when the queue is large.
 
-        Streamed keys go on from the last one, base keys likewise downwards; rows that are already there are dropped
-        and counted in `ignored`, and a cursor that comes only with such rows is dropped too (it lies behind). Raises
-        ValueError for gaps, disorder or records that do not fit; nothing of the call is queued then.
+        Streamed keys go on from the last one, base keys likewise downwards; dreams of a round come in one call, rounds
+        in order. Rows that are already there are dropped and counted in `ignored`, and a cursor that comes only with
+        such rows is dropped too (it lies behind). Raises ValueError for gaps, disorder or records that do not fit;
+        nothing of the call is queued then.
         """
         self._require_usable()
-        streamed = self._fresh([record for record in records if record.key >= 0], self._next_key, 1)
+        streamed = self._fresh([record for record in records if 0 <= record.key < DREAM_KEY], self._next_key, 1)
         base = self._fresh([record for record in records if record.key < 0], self._next_base, -1)
+        dreams = self._fresh([record for record in records if record.key >= DREAM_KEY], self._next_dream, 1, gap=True)
         moved = None if cursor is None else json.loads(json.dumps(cursor, allow_nan=False))
-        batches = [records_to_batch(part, self._schema) if part else None for part in (base, streamed)]
+        batches = [records_to_batch(part, self._schema) if part else None for part in (base, streamed, dreams)]
         for queue, batch in zip(self._queues(), batches, strict=True):
             if batch is not None:
                 queue.append(batch)
                 self._queued_bytes += batch.nbytes
         self._next_key += len(streamed)
         self._next_base -= len(base)
-        self.ignored += len(records) - len(streamed) - len(base)
+        self._next_dream = dreams[-1].key + 1 if dreams else self._next_dream
+        self._num_dreams += len(dreams)
+        self.ignored += len(records) - len(streamed) - len(base) - len(dreams)
         if moved is not None and (streamed or base or not records):
             self._queued_cursor = moved
         if self._queued_bytes >= self._cfg.commit_bytes:
@@ -141,7 +156,7 @@ class ExperienceStore:
         Raises StoreFullError (nothing changed, the queue is kept), SyncError, ConflictError or another OSError.
         """
         self._require_usable()
-        if not (self._streamed or self._base or self._queued_cursor is not None):
+        if not (any(self._queues()) or self._queued_cursor is not None):
             return self.version
         self._failure = "it was interrupted"
         try:
@@ -154,7 +169,8 @@ class ExperienceStore:
             self._failure = str(error)
             raise
         self._failure = None
-        self._streamed, self._base, self._queued_bytes, self._queued_cursor = [], [], 0, None
+        self._streamed, self._base, self._dreams = [], [], []
+        self._queued_bytes, self._queued_cursor = 0, None
         self._checkpoint()
         return self.version
 
@@ -175,8 +191,8 @@ class ExperienceStore:
         """Close."""
         self.close()
 
-    def _queues(self) -> tuple[list[pa.RecordBatch], list[pa.RecordBatch]]:
-        return self._base, self._streamed
+    def _queues(self) -> tuple[list[pa.RecordBatch], ...]:
+        return self._base, self._streamed, self._dreams
 
     def _require_usable(self) -> None:
         if self._closed:
@@ -184,7 +200,7 @@ class ExperienceStore:
         if self._failure is not None:
             raise OSError(f"{self._path}: an earlier commit failed ({self._failure}); open the store again")
 
-    def _fresh(self, records: list[Record], following: int, step: int) -> list[Record]:
+    def _fresh(self, records: list[Record], following: int, step: int, gap: bool = False) -> list[Record]:
         """The records from key `following` on, after checking that all of them count by `step`."""
         if not records:
             return records
@@ -194,9 +210,9 @@ class ExperienceStore:
             place = next(place for place, key in enumerate(keys) if key != first + step * place)
             raise ValueError(f"key {keys[place]} follows {keys[place - 1]}; keys must count by {step:+d} without gaps")
         known = (following - first) * step
-        if known < 0:
+        if known < 0 and not gap:
             raise ValueError(f"key {first} leaves a gap; the next key of this store is {following}")
-        return records[known:]
+        return records[max(0, known) :]
 
     def _continue_segment(self) -> SegmentWriter:
         """The unsealed last segment at its committed length, or a new one."""
@@ -219,7 +235,8 @@ class ExperienceStore:
             full_segment, number = self._segment, self._segment.segment + 1
             self._segment = SegmentWriter(self._path, number, self._schema)
             full_segment.close()
-        batches = [pa.concat_batches(queue) if len(queue) > 1 else queue[0] for queue in self._queues() if queue]
+        joined = [pa.concat_batches(queue) if len(queue) > 1 else queue[0] for queue in self._queues()[:2] if queue]
+        batches = joined + self._dreams
         extents = tuple(self._segment.append(batch) for batch in batches)
         full = self._segment.rows >= self._cfg.segment_rows
         if full:
@@ -249,6 +266,8 @@ class ExperienceStore:
             cursor=newest.cursor if self._queued_cursor is None else self._queued_cursor,
             last_key=self._next_key - 1,
             base_rows=-self._next_base - 1,
+            dreams=self._num_dreams,
+            last_dream=self._next_dream - 1,
             by_source=dict(by_source),
         )
 
