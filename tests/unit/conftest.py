@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+import socket
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, Iterator
 
 import pytest
 import torch
@@ -29,6 +30,29 @@ VOCABULARY = {"a": ["north", "south", "east"], "b": ["seven", "eleven", "twelve"
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def group(_process_group: None) -> Iterator[None]:
+    """A process group of one. What DeepSpeed replaces in torch for stage 3 is put back afterwards."""
+    linear = torch.nn.functional.linear
+    yield
+    torch.nn.functional.linear = linear
+
+
+@pytest.fixture(scope="session")
+def _process_group() -> Iterator[None]:
+    """A process group of one over gloo; one for all tests of a process, because DeepSpeed remembers the first."""
+    from cluster.engine import join_group
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = int(probe.getsockname()[1])
+        join_group(0, 1, "127.0.0.1", port, "gloo", 30.0)
+        yield
+        torch.distributed.destroy_process_group()
 
 
 def _levels(

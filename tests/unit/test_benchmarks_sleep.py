@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,20 +28,6 @@ RATE = Rate(ONE, ONE)
 @pytest.fixture
 def cfg(make_config: Callable[..., Config]) -> Config:
     return make_config()
-
-
-@pytest.fixture(scope="module")
-def group() -> Iterator[None]:
-    from cluster.engine import join_group
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = int(probe.getsockname()[1])
-        join_group(0, 1, "127.0.0.1", port, "gloo", 30.0)
-        yield
-        torch.distributed.destroy_process_group()
 
 
 def test_bytes_of_sockets_are_counted() -> None:

@@ -109,7 +109,7 @@ def test_a_night_that_is_rejected_leaves_the_awake_model(cfg: Config, material: 
 
 
 def test_a_comparison_goes_on_where_it_was_cut_off(cfg: Config, tmp_path: Path) -> None:
-    options = Options(methods=("circadian", "naive", "joint"), seeds=(0,), orders=("A", "reverse"), grid=(1e-3, 4e-3))
+    options = Options(methods=("circadian", "naive"), seeds=(0,), orders=("A", "reverse"), grid=(1e-3, 4e-3))
     seen: List[str] = []
     runs: List[int] = []
 
@@ -128,8 +128,8 @@ def test_a_comparison_goes_on_where_it_was_cut_off(cfg: Config, tmp_path: Path) 
 
     chosen, results = go()
     count = len(runs)
-    assert count == 7 + 6, "two step sizes each and a variant of naive, then three methods in two orders"
-    assert len(results) == 6 and chosen["naive"].lr in (1e-3, 4e-3)
+    assert count == 5 + 4, "two step sizes each and a variant of naive, then two methods in two orders"
+    assert len(results) == 4 and chosen["naive"].lr in (1e-3, 4e-3)
     again, same = go()
     assert len(runs) == count and again == chosen
     assert {k: r["matrix"] for k, r in same.items()} == {k: r["matrix"] for k, r in results.items()}
@@ -138,15 +138,20 @@ def test_a_comparison_goes_on_where_it_was_cut_off(cfg: Config, tmp_path: Path) 
 def test_the_command_writes_json_page_and_pictures(folder: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     out = tmp_path / "compare-toy.json"
-    arguments = ["compare", "default", f"stream.path={folder}", *SMALL, "--methods", "circadian,naive,joint,replay_50"]
-    arguments += ["--seeds", "0,1", "--orders", "A", "--regimes", "whole,cap5", "--grid", "2e-3"]
+    arguments = ["compare", "default", f"stream.path={folder}", *SMALL, "--methods", "circadian,naive,joint"]
+    arguments += ["--seeds", "0", "--orders", "A,reverse", "--regimes", "whole,cap5", "--grid", "2e-3"]
+    arguments.append("stream.max_source_bytes=2048")
     done = CliRunner().invoke(app, [*arguments, "--work", str(tmp_path / "work"), "--out", str(out)])
     assert done.exit_code == 0, done.output + str(done.exception)
     outcome = json.loads(out.read_text())
-    assert set(outcome["regimes"]) == {"whole", "cap5"} and outcome["seeds"] == [0, 1] and outcome["orders"] == ["A"]
+    assert (
+        set(outcome["regimes"]) == {"whole", "cap5"}
+        and outcome["seeds"] == [0]
+        and outcome["orders"] == ["A", "reverse"]
+    )
     for found in outcome["regimes"].values():
         for key in ("mean_final_bpb", "forgetting", "learning", "interval", "flops", "stored_bytes"):
-            assert set(found[key]) == {"circadian", "naive", "joint", "replay_50"}, key
+            assert set(found[key]) == {"circadian", "naive", "joint"}, key
         assert found["against"]["mean_final_bpb"]["naive"]["low"] <= found["against"]["mean_final_bpb"]["naive"]["high"]
     assert outcome["command"].startswith("circadian")
     text = out.with_suffix(".md").read_text()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,20 +18,6 @@ from pipelines.pool_config import PoolConfig
 ADAMW, SGD = OptimizerConfig(lr=1e-2), OptimizerConfig(name="sgd", lr=1e-1)
 SHARE, STEPS = 4, 3
 MakeModel = Callable[..., NestedLM]
-
-
-@pytest.fixture(scope="module")
-def group() -> Iterator[None]:
-    from cluster.engine import join_group
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = int(probe.getsockname()[1])
-        join_group(0, 1, "127.0.0.1", port, "gloo", 30.0)
-        yield
-        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture

@@ -95,14 +95,14 @@ def test_the_peak_is_the_fuller_of_the_two_phases() -> None:
 @pytest.mark.parametrize(
     ("overrides", "process", "part", "remedy"),
     [
-        (["levels.slow.width=4000000"], "pool rank", "activations", "base.batch"),
+        (["levels.slow.width=4000000"], "pool rank", "activations", "pool.micro_batch"),
         (
             ["wake.batch=2048", "levels.fast.period=65536", "levels.medium.period=65536"],
             "learner",
             "activations",
             "wake.batch",
         ),
-        (["sleep.batch=65536", "control.enabled=false"], "pool rank", "activations", "sleep.batch"),
+        (["sleep.batch=65536", "control.enabled=false"], "pool rank", "activations", "pool.micro_batch"),
         (["ray.object_store_mb=9000"], "ray", "object store", "ray.object_store_mb"),
     ],
 )
