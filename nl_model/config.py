@@ -19,6 +19,8 @@ OPTIMIZERS = ("adamw", "sgd", "muon", "dgd", "delta_momentum", "deep_momentum", 
 MEMORIES = ("linear", "mlp")
 OBJECTIVES = ("dot", "l2")
 OUTPUTS = ("identity", "newton_schulz")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+"""What `nl_model.distillation` measures a student by."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+from nl_model.config import DIVERGENCES
+
 FLOOR = -1e4
 """Stands for log 0 of a bucket, so that what has no mass on either side adds exactly nothing."""
 

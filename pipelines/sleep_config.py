@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nl_model.config import OptimizerConfig
-from nl_model.distillation import DIVERGENCES
+from nl_model.config import DIVERGENCES, OptimizerConfig
 from pipelines.checks import at_least, inside, one_of, share
 
 SAMPLERS = ("uniform", "recency", "surprise")

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from nl_model.config import DIVERGENCES
 from nl_model.distillation import (
-    DIVERGENCES,
     TopK,
     distillation,
     divergence,
