@@ -286,7 +286,7 @@ def _bytes(figures: Figures) -> str:
         f"{traffic.to_pool / 2**20:.1f} MiB (experience and fast snapshot), pool to learner "
         f"{traffic.to_learner / 2**20:.1f} MiB (a release). Two data-parallel ranks on the tokens slept on: "
         f"{traffic.data_parallel / 2**20:,.0f} MiB each, **{traffic.saving:.1f} times as much** (at least "
-        f"{LEAST_SAVING:.0f} required). The pool's ranks among themselves move no less than data-parallel ones (MiB each: "
+        f"{LEAST_SAVING:.0f} required). The pool's ranks among themselves move no less than that (MiB each: "
         f"{pool})."
     )
 
