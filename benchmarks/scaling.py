@@ -10,9 +10,6 @@ import math
 from dataclasses import dataclass
 from typing import List, Sequence, Tuple
 
-PARTS = {0: 2, 1: 2, 2: 2, 3: 3}
-"""Reduce-scatters and all-gathers of all weights per step, by ZeRO stage: gradients out, weights back, twice at 3."""
-
 
 @dataclass(frozen=True)
 class Link:
@@ -71,6 +68,8 @@ class Costs:
     adoption: float
     """Seconds to check and take over a release that has arrived."""
     link: Link
+    parts: float = 2.0
+    """Reduce-scatters or all-gathers of all weights that the bytes of a sleep step amount to; 2: an all-reduce."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,6 @@ class Cadence:
     """Tokens per sleep step and rank."""
     ratio: float
     """Tokens trained on asleep per token streamed."""
-    stage: int = 2
-    """ZeRO stage."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +115,9 @@ class Point:
         return self.stream * min(1.0, self.period_seconds / self.round_seconds)
 
 
-def sleep_step(costs: Costs, ranks: int, tokens: float, stage: int) -> float:
+def sleep_step(costs: Costs, ranks: int, tokens: float) -> float:
     """Seconds of a sleep step of `tokens` tokens per rank."""
-    return costs.sleep * tokens + PARTS[stage] * costs.link.pass_around(costs.weights, ranks)
+    return costs.sleep * tokens + costs.parts * costs.link.pass_around(costs.weights, ranks)
 
 
 def learner_rate(costs: Costs, cadence: Cadence, ranks: int) -> float:
@@ -136,7 +133,7 @@ def learner_rate(costs: Costs, cadence: Cadence, ranks: int) -> float:
 def round_seconds(costs: Costs, cadence: Cadence, ranks: int) -> float:
     """Seconds of a round of the pool: its steps; what it reads and the gate are the same for every number of ranks."""
     steps = max(1, math.ceil(cadence.ratio * cadence.slow_period / (ranks * cadence.sleep_tokens)))
-    return steps * sleep_step(costs, ranks, cadence.sleep_tokens, cadence.stage)
+    return steps * sleep_step(costs, ranks, cadence.sleep_tokens)
 
 
 def data_parallel_rate(costs: Costs, cadence: Cadence, ranks: int) -> float:
@@ -169,7 +166,6 @@ def grown(cadence: Cadence, nodes: int) -> Cadence:
         cadence.slow_period * nodes,
         cadence.sleep_tokens,
         cadence.ratio,
-        cadence.stage,
     )
 
 

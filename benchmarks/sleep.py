@@ -115,8 +115,9 @@ def measure(cfg: Config, repeats: int = 5, steps: int = 2, worlds: Sequence[int]
     tokens = share * cfg.model.context
     predicted = {}
     for stage in task.stages:
-        own = replace(costs, sleep=ranks[1].seconds[f"ZeRO {stage}"].median / tokens)
-        predicted[f"ZeRO {stage}"] = sleep_step(own, most.world, tokens, stage)
+        name = f"ZeRO {stage}"
+        own = replace(costs, sleep=ranks[1].seconds[name].median / tokens, parts=parts_of(most, name))
+        predicted[name] = sleep_step(own, most.world, tokens)
     return Figures(cfg, task, ranks, guides, traffic, costs, cadence, predicted, curve(costs, cadence, SIZES))
 
 
@@ -140,15 +141,20 @@ def costs_of(cfg: Config, one: Ranks, most: Ranks, traffic: Traffic, share: int)
         release=float(traffic.to_learner),
         adoption=traffic.adoption_seconds,
         link=fit_link(most.reductions, most.world),
+        parts=parts_of(most, f"ZeRO {cfg.pool.zero_stage}"),
     )
+
+
+def parts_of(most: Ranks, way: str) -> float:
+    """Halves of an all-reduce of all gradients that a way's bytes amount to, by the counters."""
+    return 2 * most.moved[way] / most.moved[PARALLEL]
 
 
 def cadence_of(cfg: Config, share: int) -> Cadence:
     """The configuration's periods."""
     fast = min(level.period for level in cfg.levels.values() if level.owner == "learner")
     context = cfg.model.context
-    ratio, stage = cfg.sleep.tokens_per_token, cfg.pool.zero_stage
-    return Cadence(cfg.wake.batch * context, fast, slow_period(cfg), share * context, ratio, stage)
+    return Cadence(cfg.wake.batch * context, fast, slow_period(cfg), share * context, cfg.sleep.tokens_per_token)
 
 
 class Handover:
@@ -280,7 +286,7 @@ def _bytes(figures: Figures) -> str:
         f"{traffic.to_pool / 2**20:.1f} MiB (experience and fast snapshot), pool to learner "
         f"{traffic.to_learner / 2**20:.1f} MiB (a release). Two data-parallel ranks on the tokens slept on: "
         f"{traffic.data_parallel / 2**20:,.0f} MiB each, **{traffic.saving:.1f} times as much** (at least "
-        f"{LEAST_SAVING:.0f} required). The pool's ranks among themselves move what data-parallel ranks do (MiB each: "
+        f"{LEAST_SAVING:.0f} required). The pool's ranks among themselves move no less than that (MiB each: "
         f"{pool})."
     )
 

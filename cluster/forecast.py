@@ -49,7 +49,7 @@ REMEDIES = {
 }
 ACTIVATIONS = {
     "learner": "lower wake.batch or model.context",
-    "pool rank": "set pool.micro_batch or pool.activation_checkpointing, lower model.context, or raise pool.ranks",
+    "pool rank": "set pool.micro_batch, lower sleep.batch, base.batch or model.context, or raise pool.ranks",
     "control": "lower wake.batch or model.context",
 }
 

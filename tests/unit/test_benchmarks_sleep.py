@@ -97,10 +97,11 @@ def test_the_page_has_every_figure(cfg: Config) -> None:
     ways = [PLAIN, *(f"ZeRO {stage}" for stage in range(4))]
     one = Ranks(1, dict.fromkeys([*ways, AWAKE], RATE), dict.fromkeys([*ways, AWAKE], ONE))
     two = Ranks(2, dict.fromkeys([*ways, PARALLEL], RATE), dict.fromkeys([*ways, PARALLEL], ONE))
-    two = replace(two, moved={PARALLEL: 4e8}, reductions=[(1e3, 1e-4), (1e6, 1e-2)])
+    two = replace(two, moved={PARALLEL: 4e8, "ZeRO 2": 6e8}, reductions=[(1e3, 1e-4), (1e6, 1e-2)])
     traffic = Traffic(10, 1_000_000, 4_000_000, 0.1, 4e8, {"ZeRO 2": 4e8})
     costs, cadence = costs_of(cfg, one, two, traffic, 4), cadence_of(cfg, 4)
     assert costs.wake == costs.full == ONE.median / (4 * cfg.model.context) and costs.link != Link(0.0, 0.0)
+    assert costs.parts == 3.0
     figures = Figures(
         cfg,
         Task(cfg, 4, 1, 1, 10),

@@ -50,7 +50,7 @@ def test_a_ring_moves_nearly_twice_the_bytes_however_many_ranks() -> None:
     wide = Link(0.0, 1e-9)
     assert wide.all_reduce(1e9, 2) == pytest.approx(1.0)
     assert wide.all_reduce(1e9, 1000) == pytest.approx(2.0, rel=2e-3)
-    assert sleep_step(replace(COSTS, link=wide, weights=1e9), 1000, 0, 3) == pytest.approx(3.0, rel=2e-3)
+    assert sleep_step(replace(COSTS, link=wide, weights=1e9, parts=3.0), 1000, 0) == pytest.approx(3.0, rel=2e-3)
 
 
 def test_without_costs_of_communication_everything_scales_with_ranks() -> None:
