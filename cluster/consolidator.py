@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cluster.actors import configure_torch
-from cluster.judge import Judge, Verdict, candidate_identity
+from cluster.judge import Judge, Verdict, candidate_identity, ending_loss
 from cluster.releases import Shard, inspect_shard, load_release, read_release, split, write_shard
 from nl_model.config import OptimizerConfig
 from nl_model.flops import forward_flops, full_step_flops
@@ -49,6 +49,8 @@ class RankResult:
     """Means over the last fifth of the steps, on this rank's share."""
     verdict: Verdict = field(default_factory=Verdict)
     """What it measured on the sources that it scored."""
+    ending: float = 0.0
+    """Loss of the student on this rank's share of the last batch, once training had ended, in nats per token."""
     optimizer_bytes: int = 0
     flops: float = 0.0
     """FLOPs of this rank, teacher and anchor passes included."""
@@ -142,7 +144,9 @@ class ConsolidationWorker:
         candidate = self._model()
         load_into(candidate, trained)
         mine, recent = seen[self.rank :: self.world], batches.recent_sources()
-        result.verdict = self.judge.measure(plan.anchor, candidate, anchor, awake, mine, recent)
+        last = batches.batch(plan.steps - 1, self.rank, self.world)[0].to(self.device)
+        ending = (result.ending, ending_loss(candidate, last, cfg.compute.precision))
+        result.verdict = self.judge.measure(plan.anchor, candidate, anchor, awake, mine, recent, ending)
         return result
 
     def inspect(self, directory: str, files: List[str]) -> List[ShardFacts]:
@@ -200,6 +204,9 @@ class ConsolidationWorker:
                 for name, value in {"total": loss.detach(), **parts}.items():
                     sums.setdefault(name, []).append(float(value))
         result.loss = {name: sum(values) / len(values) for name, values in sums.items()}
+        if steps:
+            last = batches.batch(steps - 1, self.rank, self.world)[0].to(self.device)
+            result.ending = ending_loss(engine, last, cfg.compute.precision)
         result.optimizer_bytes = engine.optimizer_bytes()
         weights = dict(engine.weights())
         engine.close()
