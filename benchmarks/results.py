@@ -21,6 +21,7 @@ CHAPTERS = {
     "streaming": "A million tokens in fixed memory",
     "levels": "Five levels against one, two and three",
     "probes": "Memory probes",
+    "gate": "The gate against planted candidates",
 }
 """Benchmarks that are run by themselves and keep a page in results/, by name; RESULTS.md takes these pages in."""
 SUMMARY = "## Summary"
