@@ -15,13 +15,14 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 
 from benchmarks.results import keep_page
 from benchmarks.small_run import Candidate, SmallRun, Tensors, plain_step
 from benchmarks.tables import Machine, markdown_table
+from cluster.judge import ending_loss
 from cluster.releases import Shard, load_release, split, write_shard
 from nl_model.model import NestedLM
 from nl_model.optim.levelwise import build_optimizer
@@ -55,6 +56,8 @@ class Bad:
     tensors: Tensors
     spoil: Callable[[Path, List[Shard]], List[Shard]] = lambda _, shards: shards
     """Changes the files in a directory; returns what the writers claim."""
+    ending: Optional[float] = None
+    """Where training itself went wrong: the loss that it ended with."""
 
 
 Plant = Callable[[SmallRun, Candidate, torch.Generator], Bad]
@@ -113,7 +116,7 @@ def overtrained(run: SmallRun, candidate: Candidate, generator: torch.Generator)
     for step in range(60):
         plain_step(optimizer, model.nll(batches.batch(step)[0]).mean(), 6e-3)
     weights = {f"weight/{name}": p.detach().clone() for name, p in model.named_parameters()}
-    return Bad({**candidate.tensors, **weights})
+    return Bad({**candidate.tensors, **weights}, ending=ending_loss(model, candidate.last, run.cfg.compute.precision))
 
 
 def _old(back: int, disturbed: float) -> Plant:
@@ -258,7 +261,9 @@ def judge_planted(run: SmallRun, candidate: Candidate, plant: Plant, seed: int) 
     bad = plant(run, candidate, torch.Generator().manual_seed(seed))
     directory = run.releases.prepare(candidate.plan.anchor + 1)
     shards = bad.spoil(directory, run.write(directory, bad.tensors, run.identity(candidate)))
-    decision = decide(run.evidence(replace(candidate, tensors=bad.tensors), directory, shards), run.cfg.gate)
+    ending = candidate.ending if bad.ending is None else bad.ending
+    changed = replace(candidate, tensors=bad.tensors, ending=ending)
+    decision = decide(run.evidence(changed, directory, shards), run.cfg.gate)
     run.releases.discard(candidate.plan.anchor + 1)
     return decision
 

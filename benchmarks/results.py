@@ -22,6 +22,7 @@ CHAPTERS = {
     "levels": "Five levels against one, two and three",
     "probes": "Memory probes",
     "sleep": "Sleep on ranks",
+    "gate": "The gate against planted candidates",
 }
 """Benchmarks that are run by themselves and keep a page in results/, by name; RESULTS.md takes these pages in."""
 SUMMARY = "## Summary"

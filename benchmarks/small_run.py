@@ -12,7 +12,7 @@ from typing import Callable, Dict, List, Mapping, Optional
 import torch
 from torch import Tensor
 
-from cluster.judge import Judge, candidate_identity, gather_evidence, gather_storage
+from cluster.judge import Judge, candidate_identity, ending_loss, gather_evidence, gather_storage
 from cluster.releases import (
     Release,
     Releases,
@@ -54,6 +54,10 @@ class Candidate:
     """Sources of the round's recent experience."""
     seen: List[str]
     """Sources of the base and of the stream so far."""
+    last: Tensor
+    """(B, S) int64 tokens of the last batch."""
+    ending: float
+    """Loss of the student on it when training had ended, in nats per token."""
 
 
 class SmallRun:
@@ -145,7 +149,9 @@ class SmallRun:
         trained = {name: p.detach().clone() for name, p in student.named_parameters()}
         tensors = {f"weight/{name}": t for name, t in trained.items()}
         tensors.update({f"offset/{name}": trained[name] - u for name, u in unshifted.items()})
-        return Candidate(plan, tensors, anchor, awake, batches.recent_sources(), list(self.seen))
+        last = batches.batch(plan.steps - 1)[0]
+        ending = ending_loss(student, last, cfg.compute.precision)
+        return Candidate(plan, tensors, anchor, awake, batches.recent_sources(), list(self.seen), last, ending)
 
     def load(self, number: int) -> Tensors:
         """Tensors of a release."""
@@ -172,9 +178,9 @@ class SmallRun:
         student = self._model(split(self.load(candidate.plan.anchor), "weight"))
         load_into(student, {n: t for n, t in weights.items() if t.shape == shapes[n]})
         self.judge.known.pop(candidate.plan.anchor + 1, None)  # candidates of one round share a number
-        verdict = self.judge.measure(
-            candidate.plan.anchor, student, candidate.anchor, candidate.awake, candidate.seen, candidate.recent
-        )
+        ending = (candidate.ending, ending_loss(student, candidate.last, self.cfg.compute.precision))
+        models, of = (student, candidate.anchor, candidate.awake), (candidate.seen, candidate.recent, ending)
+        verdict = self.judge.measure(candidate.plan.anchor, *models, *of)
         storage = gather_storage(self.releases, candidate.plan, shards, found)
         return gather_evidence([verdict], storage, candidate.seen, self.best, self.cfg.run.seed)
 

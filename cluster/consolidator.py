@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cluster.actors import configure_torch
 from cluster.dreaming import dream_together
-from cluster.judge import Judge, Verdict, candidate_identity
+from cluster.judge import Judge, Verdict, candidate_identity, ending_loss
 from cluster.releases import Shard, inspect_shard, load_release, read_release, split, write_shard
 from cluster.training_state import RoundStates, read_state, write_state
 from nl_model.config import OptimizerConfig
@@ -64,6 +64,8 @@ class RankResult:
     """Means over the last fifth of the steps, on this rank's share."""
     verdict: Verdict = field(default_factory=Verdict)
     """What it measured on the sources that it scored."""
+    ending: float = 0.0
+    """Loss of the student on this rank's share of the last batch, once training had ended, in nats per token."""
     optimizer_bytes: int = 0
     resumed_at: int = 0
     """Steps that an earlier attempt had done."""
@@ -182,7 +184,9 @@ class ConsolidationWorker:
         candidate = self._model()
         load_into(candidate, trained)
         mine, recent = seen[self.rank :: self.world], batches.recent_sources()
-        result.verdict = self.judge.measure(plan.anchor, candidate, anchor, awake, mine, recent)
+        last = batches.batch(plan.steps - 1, self.rank, self.world)[0].to(self.device)
+        ending = (result.ending, ending_loss(candidate, last, cfg.compute.precision))
+        result.verdict = self.judge.measure(plan.anchor, candidate, anchor, awake, mine, recent, ending)
         self._finish(states)
         return result
 
@@ -261,6 +265,9 @@ class ConsolidationWorker:
                 states.after(engine, step + 1, steps, so_far)
         result.loss = {name: sum(values) / len(values) for name, values in sums.items()}
         result.flops = self._flops(lesson)
+        if steps:
+            last = batches.batch(steps - 1, self.rank, self.world)[0].to(self.device)
+            result.ending = ending_loss(engine, last, cfg.compute.precision)
         result.optimizer_bytes = engine.optimizer_bytes()
         weights = dict(engine.weights())
         if kept is not None:

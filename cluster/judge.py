@@ -1,14 +1,21 @@
-"""A rank's part of the gate: a candidate is measured on its share of the probes, beside anchor and awake model."""
+"""A rank's part of the gate: a candidate is measured on its share of the probes, beside anchor and awake model.
+
+Shapes: B sequences, S stored tokens (context + 1), T = S - 1, V vocabulary.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import Dict, List, Mapping, Sequence
+from typing import Callable, Dict, List, Mapping, Sequence, Tuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from cluster.releases import Releases, Shard, layout
-from nl_model.model import NestedLM
+from nl_model.model import NestedLM, autocast
 from pipelines.config import Config
 from pipelines.evidence import Evidence, ShardFacts, Storage
 from pipelines.probe import Score, measure, prompt_divergence
@@ -29,6 +36,8 @@ class Verdict:
     """KL(anchor || candidate) on fixed prompts, in nats per token."""
     recent: List[str] = field(default_factory=list)
     """Sources of the round's recent experience (all of them, not only those scored here)."""
+    ending: Tuple[float, float] = (0.0, 0.0)
+    """Loss on this rank's share of the last batch, in nats per token: of the student, and of the candidate."""
 
 
 class Judge:
@@ -40,12 +49,21 @@ class Judge:
         """Scores by release, of the last round's anchor and of its candidate (whose number counts once it is live)."""
 
     def measure(
-        self, number: int, candidate: NestedLM, anchor: NestedLM, awake: NestedLM, sources: List[str], recent: List[str]
+        self,
+        number: int,
+        candidate: NestedLM,
+        anchor: NestedLM,
+        awake: NestedLM,
+        sources: List[str],
+        recent: List[str],
+        ending: Tuple[float, float],
     ) -> Verdict:
         """Score three models on some sources.
 
         Args:
             number: the anchor's release.
+            recent: sources of the recent experience, for the verdict.
+            ending: losses on the last batch, for the verdict.
         """
         precision = self.cfg.compute.precision
 
@@ -62,7 +80,15 @@ class Judge:
             )
             for source in sources
         }
-        return Verdict(new, {source: old[source] for source in sources}, scores(awake), divergence, recent)
+        return Verdict(new, {source: old[source] for source in sources}, scores(awake), divergence, recent, ending)
+
+
+@torch.no_grad()
+def ending_loss(model: Callable[[Tensor], Tensor], sequences_BS: Tensor, precision: str) -> float:
+    """Mean loss of a model on a batch in nats per token."""
+    with autocast(sequences_BS.device, precision):
+        logits_BTV = model(sequences_BS[:, :-1])
+    return float(F.cross_entropy(logits_BTV.flatten(0, 1).float(), sequences_BS[:, 1:].flatten()))
 
 
 def candidate_identity(plan: RoundPlan, anchor: str) -> str:
@@ -101,6 +127,7 @@ def gather_evidence(
         seen=seen,
         recent=verdicts[0].recent,
         storage=storage,
+        endings=[verdict.ending for verdict in verdicts],
         divergence={source: kl for verdict in verdicts for source, kl in verdict.divergence.items()},
         best=best,
         seed=seed,

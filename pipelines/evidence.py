@@ -86,6 +86,9 @@ class Evidence:
     storage: Storage
     divergence: Mapping[str, float] = field(default_factory=dict)
     """Mean KL(anchor || candidate) on fixed prompts of each source, in nats per token."""
+    endings: Sequence[Tuple[float, float]] = ()
+    """Loss on the last batch in nats per token, a pair per rank: of the student when training had ended, and of the
+    candidate's weights as they were taken out of it."""
     best: Mapping[str, float] = field(default_factory=dict)
     """Best bits per byte of any release so far, by source."""
     seed: int = 0

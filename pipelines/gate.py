@@ -59,7 +59,7 @@ class Comparison:
 
         anchor = against("anchor")
         change = anchor.means
-        worst = max(evidence.seen, key=lambda s: change[s] if math.isfinite(change[s]) else math.inf)
+        worst = max(evidence.seen, key=lambda source: _or_inf(change[source]))
         return cls(anchor, against("awake"), worst)
 
 
@@ -123,6 +123,18 @@ def check_finite(evidence: Evidence, _: Comparison, __: GateConfig) -> Check:
     return Check("finite", not bad, reason, {"not_finite": len(bad)})
 
 
+def check_reproduction(evidence: Evidence, _: Comparison, cfg: GateConfig) -> Check:
+    """The candidate still computes what training ended with: nothing was lost or mixed up on the way out of it."""
+    mismatch = [abs(stored - trained) for trained, stored in evidence.endings]
+    worst = max(mismatch, default=0.0)
+    figures = {"endings": [list(pair) for pair in evidence.endings], "mismatch": worst}
+    if all(one <= cfg.max_mismatch for one in mismatch):  # false for NaN
+        return Check("reproduction", True, "", figures)
+    trained, stored = max(evidence.endings, key=lambda pair: _or_inf(abs(pair[1] - pair[0])))
+    reason = f"does not reproduce its training: {stored:.3f} nats per token on the last batch instead of {trained:.3f}"
+    return Check("reproduction", False, f"{reason}, gate.max_mismatch={cfg.max_mismatch}", figures)
+
+
 def check_loss(evidence: Evidence, comparison: Comparison, cfg: GateConfig) -> Check:
     """Held-out loss against the anchor on all sources seen, and against anchor and awake model on the recent ones."""
     mean = comparison.anchor.mean(evidence.seen)
@@ -182,7 +194,14 @@ def check_divergence(evidence: Evidence, _: Comparison, cfg: GateConfig) -> Chec
     return Check("divergence", True, "", figures)
 
 
-CHECKS: Tuple[CheckFunction, ...] = (check_integrity, check_finite, check_loss, check_forgetting, check_divergence)
+CHECKS: Tuple[CheckFunction, ...] = (
+    check_integrity,
+    check_finite,
+    check_reproduction,
+    check_loss,
+    check_forgetting,
+    check_divergence,
+)
 
 
 def decide(evidence: Evidence, cfg: GateConfig, checks: Sequence[CheckFunction] = CHECKS) -> Decision:
@@ -210,6 +229,10 @@ def decide(evidence: Evidence, cfg: GateConfig, checks: Sequence[CheckFunction] 
         return Decision(False, ran[-1].reason, figures)
     worst = comparison.worst
     return Decision(True, f"worst source {worst} {change[worst]:+.3f}, mean {mean_change:+.3f} bits per byte", figures)
+
+
+def _or_inf(value: float) -> float:
+    return value if math.isfinite(value) else math.inf
 
 
 def _which(cfg: GateConfig) -> str:

@@ -30,6 +30,9 @@ class GateConfig:
     """Most a candidate may lose on the recent sources' mean against the awake model, at the favourable end."""
     max_divergence: float = 1.0
     """Most nats per token (KL) by which a candidate may part from the anchor on older sources' prompts, on average."""
+    max_mismatch: float = 0.02
+    """Most nats per token by which the loss of a candidate's weights may differ, on its training's last batch, from
+    the loss that the student had there."""
     bound: str = "mean"
     """What is held against the first four budgets: the mean of a change, or an end of its interval. low: rejects only
     what surely loses too much. high: promotes only what surely does not."""
@@ -56,6 +59,7 @@ class GateConfig:
                 raise ValueError(f"gate.{key}=nan is no bound; give bits per byte, or .inf (-.inf) for none")
         at_least("gate.max_awake_loss", self.max_awake_loss, 0)
         at_least("gate.max_divergence", self.max_divergence, 0)
+        at_least("gate.max_mismatch", self.max_mismatch, 0)
         one_of("gate.bound", self.bound, BOUNDS)
         share("gate.confidence", self.confidence)
         at_least("gate.samples", self.samples, 100)

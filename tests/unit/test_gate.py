@@ -70,7 +70,8 @@ def test_a_candidate_within_its_budgets_is_promoted() -> None:
     assert decision.figures["candidate"]["c"] == pytest.approx(9.0)
     assert "a +0.125" in decision.reason
     names = [check["name"] for check in decision.figures["checks"]]
-    assert names == ["integrity", "finite", "loss", "forgetting", "divergence"] and len(CHECKS) == len(names)
+    assert names == ["integrity", "finite", "reproduction", "loss", "forgetting", "divergence"]
+    assert len(CHECKS) == len(names)
     json.dumps(decision.figures)
 
 
@@ -141,7 +142,7 @@ def test_the_end_of_the_interval_that_counts_is_a_setting(bound: str, promoted: 
     noisy = evidence({"a": 2.2, "b": 2.0}, candidate={"a": score(2.2, spread=0.3), "b": score(2.0)})
     decision = decide(noisy, replace(CFG, bound=bound))
     assert decision.promoted == promoted
-    low, high = decision.figures["checks"][3]["figures"]["intervals"]["a"]
+    low, high = decision.figures["checks"][4]["figures"]["intervals"]["a"]
     # 16 equal pairs at +-0.3: the standard error of their mean is 0.3 / 4.
     assert low == pytest.approx(0.2 - 1.96 * 0.075, abs=0.02) and high == pytest.approx(0.2 + 1.96 * 0.075, abs=0.02)
     assert promoted or "at the high end of its interval" in decision.reason
@@ -218,6 +219,14 @@ def test_weights_that_are_not_finite_are_refused_before_any_loss_is_looked_at() 
     assert refused(changed, "finite") == "weight/y is not finite"
 
 
+def test_a_candidate_reproduces_the_end_of_its_training() -> None:
+    assert judge(GOOD, endings=[(2.0, 2.019), (1.5, 1.5)]).promoted
+    decision = judge(GOOD, endings=[(2.0, 2.019), (1.5, 1.6)])
+    assert "1.600 nats per token on the last batch instead of 1.500, gate.max_mismatch=0.02" in decision.reason
+    assert not judge(GOOD, endings=[(2.0, 1.9)]).promoted, "better is not the same either"
+    assert not judge(GOOD, endings=[(2.0, math.nan)]).promoted
+
+
 def test_intervals_are_seeded_and_paired() -> None:
     rng = np.random.default_rng(5)
     hard = rng.normal(0.0, 3.0, SEQUENCES) + 20.0  # sequences differ much more than the models do
@@ -231,9 +240,9 @@ def test_intervals_are_seeded_and_paired() -> None:
     ]
     one, same, other = ([c["figures"] for c in case.figures["checks"]] for case in cases)
     assert one == same
-    low, high = one[3]["intervals"]["a"]
+    low, high = one[4]["intervals"]["a"]
     assert high - low < 1e-9, "a constant difference has no spread, however hard the sequences are"
-    assert low == pytest.approx(0.1 / 8.0 / math.log(2)) and other[3]["intervals"]["a"] == pytest.approx([low, high])
+    assert low == pytest.approx(0.1 / 8.0 / math.log(2)) and other[4]["intervals"]["a"] == pytest.approx([low, high])
 
 
 @pytest.mark.parametrize(
