@@ -184,7 +184,7 @@ class ConsolidationWorker:
         candidate = self._model()
         load_into(candidate, trained)
         mine, recent = seen[self.rank :: self.world], batches.recent_sources()
-        last = batches.batch(plan.steps - 1, self.rank, self.world)[0].to(self.device)
+        last = batches.batch(max(0, plan.steps - 1), self.rank, self.world)[0].to(self.device)
         ending = (result.ending, ending_loss(candidate, last, cfg.compute.precision))
         result.verdict = self.judge.measure(plan.anchor, candidate, anchor, awake, mine, recent, ending)
         self._finish(states)
@@ -265,9 +265,8 @@ class ConsolidationWorker:
                 states.after(engine, step + 1, steps, so_far)
         result.loss = {name: sum(values) / len(values) for name, values in sums.items()}
         result.flops = self._flops(lesson)
-        if steps:
-            last = batches.batch(steps - 1, self.rank, self.world)[0].to(self.device)
-            result.ending = ending_loss(engine, last, cfg.compute.precision)
+        last = batches.batch(max(0, steps - 1), self.rank, self.world)[0].to(self.device)
+        result.ending = ending_loss(engine, last, cfg.compute.precision)
         result.optimizer_bytes = engine.optimizer_bytes()
         weights = dict(engine.weights())
         if kept is not None:

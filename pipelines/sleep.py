@@ -122,7 +122,7 @@ class RoundBatches:
         self.num_old = cfg.batch - self.num_recent
         self.dreams = np.empty((0, snapshot.context + 1), np.int64) if dreams is None else dreams
         mixing = mixing or DreamConfig()
-        often = mixing.repeats * len(self.dreams) / plan.steps
+        often = mixing.repeats * len(self.dreams) / max(1, plan.steps)
         self.per_step = min(mixing.share * cfg.batch, often, self.num_old)
         """Dreams of a step, on average."""
 

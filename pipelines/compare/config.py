@@ -25,11 +25,11 @@ class Night:
     """Share of recent experience in a sleeping batch; the rest is replayed."""
     recent_end: float = -1.0
     """The same at the end of a night, reached linearly; negative: as at its start."""
-    bank: float = 0.0
+    bank: float = 0.3
     """Share of every night's FLOPs that is kept for a deep sleep."""
     deep_every: int = 0
     """Sources between two deep sleeps; 0: one, when the stream has ended."""
-    deep_recent: float = 0.2
+    deep_recent: float = 0.35
     """Share of recent experience in a deep sleep."""
     teacher: float = 0.0
     """Weight of the awake model's distribution on recent experience."""
@@ -41,7 +41,7 @@ class Night:
     """Judge candidates; a rejected one is thrown away, its FLOPs are spent."""
     online: bool = False
     """Spend the sleeping FLOPs on plain replay between wake steps, without nights."""
-    cycle: bool = False
+    cycle: bool = True
     """One schedule of the step size over all nights of a source, instead of one per night."""
     keep_moments: bool = True
     """Carry the optimizer's moments from round to round."""
@@ -49,14 +49,12 @@ class Night:
     """Where the cosine of a round ends, as a share of its peak."""
     balance: float = 0.0
     """0: replay every stored sequence equally often. 1: every source equally often."""
-    dreams: float = 0.0
-    """Share of the replayed part that is dreamt by the anchor instead of read from the store."""
 
     def __post_init__(self) -> None:
         one_of("wake", self.wake, ("learner", "all", "none"))
         at_least("rounds", self.rounds, 1)
         at_least("deep_every", self.deep_every, 0)
-        for key in ("recent", "bank", "deep_recent", "teacher", "anchor", "average", "floor", "balance", "dreams"):
+        for key in ("recent", "bank", "deep_recent", "teacher", "anchor", "average", "floor", "balance"):
             share(key, getattr(self, key))
 
 
@@ -130,9 +128,19 @@ METHODS: Dict[str, Method] = {
     "mer": replace(REPLAY, reptile=0.7),
     "lora": Method(lora=16),
     "one_frequency": _night(wake="all"),
-    "sleep_as_replay": _night(online=True),
+    "sleep_as_replay": _night(online=True, bank=0.0),
+    "circadian_no_wake": _night(wake="none"),
+    "circadian_no_gate": _night(gate=False),
+    "circadian_no_replay": _night(recent=1.0, deep_recent=1.0),
+    "circadian_no_deep_sleep": _night(bank=0.0),
+    "circadian_one_night": _night(rounds=1, recent=0.7),
+    "circadian_own_schedules": _night(cycle=False),
+    "circadian_teacher": _night(teacher=0.3),
+    "circadian_anchor": _night(anchor=0.3),
+    "circadian_balanced": _night(balance=1.0),
+    "circadian_averaged": _night(average=0.3),
 }
-"""The methods by name; ablations are named circadian_*."""
+"""The methods by name; circadian_* change one setting of circadian."""
 VARIANTS: Dict[str, Dict[str, Method]] = {
     "naive": {"rewarm": Method(), "constant": Method(schedule="constant")},
     "replay_tuned": {f"{rate:.0%}": replace(REPLAY, replay=rate) for rate in (0.65, 0.4, 0.8)},
@@ -158,7 +166,7 @@ class Options:
     """A: as configured; reverse; random-N: a permutation drawn with seed N."""
     regimes: Tuple[str, ...] = ("whole",)
     """Names out of `REGIMES`."""
-    grid: Tuple[float, ...] = (5e-4, 1e-3, 2e-3, 4e-3)
+    grid: Tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2)
     """Step sizes that every method is tuned over, on order A with a seed of its own."""
     tuning_seed: int = 1000
     """Seed of tuning; none of the seeds that are reported."""

@@ -87,13 +87,15 @@ def test_a_parquet_file_without_the_text_column_is_named(tmp_path: Path, data: P
 
 @pytest.fixture(scope="module")
 def finished(runs: Path) -> Run:
-    """A small finished run, to be copied. One document of its stream has no end."""
+    """A small finished run, to be copied. One document of its stream has no end, and its fast level explodes."""
     folder = runs / "endless-data"
     folder.mkdir()
     for name in ("alpha", "beta", "gamma"):
         (folder / f"{name}.txt").write_text(name + TEXT)
     (folder / "gamma.txt").write_text(TEXT + "x" * 10_000_000 + "\n" + TEXT)
-    run = Run(runs, "endless", (*MICRO, *sources(folder), "stream.max_source_bytes=16384"))
+    # Decay by 1 - 1e40: the first write turns zeros into NaN, whatever the gradients were.
+    explosive = ("levels.fast.optimizer.lr=1e30", "levels.fast.optimizer.weight_decay=1e10")
+    run = Run(runs, "endless", (*MICRO, *sources(folder), *explosive, "stream.max_source_bytes=16384"))
     assert run.finish() == 0, run.tail()
     return run
 
@@ -160,21 +162,16 @@ def limited(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def test_a_document_without_end_is_quarantined_and_the_run_goes_on(finished: Run, runs: Path) -> None:
     summary = finished.summary()
-    assert summary["experiences"]["quarantined"] >= 1
-    ((source, origin, reason),) = summary["quarantined"]
+    ((source, origin, reason),) = [entry for entry in summary["quarantined"] if "bytes" in entry[2]]
     assert source == "gamma" and str(runs / "endless-data" / "gamma.txt") in origin
     assert reason == "10000001 bytes are more than stream.max_document_bytes=1000000"
     assert summary["experiences"]["lost"] == 0 and summary["tokens_streamed"] == 2 * 16384
 
 
-def test_losses_that_are_not_finite_are_quarantined_and_the_gate_decides(runs: Path) -> None:
-    # Decay by 1 - 1e40: the first write turns zeros into NaN, whatever the gradients were.
-    explosive = ("levels.fast.optimizer.lr=1e30", "levels.fast.optimizer.weight_decay=1e10")
-    run = Run(runs, "explosive", (*MICRO, *explosive))
-    assert run.finish() == 0, run.tail()
-    summary = run.summary()
-    assert summary["experiences"]["quarantined"] > 0
-    assert {reason for *_, reason in summary["quarantined"]} == {"loss is not finite"}
+def test_losses_that_are_not_finite_are_quarantined_and_the_gate_decides(finished: Run) -> None:
+    summary = finished.summary()
+    reasons = [reason for *_, reason in summary["quarantined"] if "bytes" not in reason]
+    assert reasons and set(reasons) == {"loss is not finite"}
+    assert summary["experiences"]["quarantined"] == len(reasons) + 1
     assert summary["experiences"]["lost"] == summary["experiences"]["duplicates"] == 0
-    assert summary["tokens_streamed"] == 24576
     assert {entry["decision"] for entry in summary["rounds"]} <= {"promoted", "rejected"}

@@ -156,6 +156,6 @@ def test_a_round_is_repeated_after_a_kill_and_gives_the_same_candidate(
         assert shards_fingerprint([rank.shard for rank in outcome.ranks]) == train(2, 2).fingerprint
         assert not runner.group.started, "pool.release_after_round gives the processes back"
         wait_for(lambda: not any(same_process(rank) for rank in ranks), 30)
-        assert runner.settle(outcome) == 1 and runner.releases.numbers() == [0, 1]
+        assert runner.settle(outcome, {}) == 1 and runner.releases.numbers() == [0, 1]
     finally:
         runner.stop()

@@ -169,14 +169,14 @@ def test_a_client_that_is_told_to_stop_leaves_the_job_alone(head: Head, tmp_path
 
 @pytest.mark.parametrize("silently", [False, True], ids=["reset", "silence"])
 def test_a_log_that_breaks_off_is_shown_whole(head: Head, tmp_path: Path, silently: bool) -> None:
-    counting = _script(tmp_path, "for i in $(seq 16); do echo line $i.; sleep 0.25; done")
-    with Cutter(int(head.url.rsplit(":", 1)[1]), b"line 8.", silently) as cutter:
+    counting = _script(tmp_path, "for i in $(seq 12); do echo line $i.; sleep 0.2; done")
+    with Cutter(int(head.url.rsplit(":", 1)[1]), b"line 6.", silently) as cutter:
         submit = ["-m", "cluster.cli", "submit", "--address", cutter.url, "smoke", f"ray.python={counting}"]
         done = client(head.env, tmp_path, *submit)
     assert cutter.cut.is_set()
     assert done.returncode == 0, done.stdout + done.stderr
     assert [line for line in done.stdout.splitlines() if line.startswith("line")] == [
-        f"line {i}." for i in range(1, 17)
+        f"line {i}." for i in range(1, 13)
     ]
 
 

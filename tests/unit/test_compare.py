@@ -25,8 +25,8 @@ SMALL = [
     *("model.dim=16", "model.blocks=2", "model.heads=2", "model.context=32"),
     *("levels.fast.width=16", "levels.medium.width=16", "levels.slow.width=32"),
     *("levels.fast.period=256", "levels.medium.period=512", "levels.slow.period=2048"),
-    *("wake.batch=4", "sleep.batch=4", "base.tokens=2048", "base.batch=4"),
-    *("stream.max_source_bytes=4096", "stream.probe_bytes=512"),
+    *("wake.batch=4", "sleep.batch=4", "base.tokens=1024", "base.batch=4"),
+    *("stream.max_source_bytes=2048", "stream.probe_bytes=512"),
     *("base.sources=[alpha]", "stream.sources=[beta,gamma,delta]"),
 ]
 
@@ -68,7 +68,7 @@ def test_only_train_and_valid_of_a_folder_are_read(folder: Path, material: Mater
     assert not {row.tobytes() for row in judged} & {row.tobytes() for row in gate}
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", sorted(n for n in METHODS if not n.startswith("circadian_")))
 def test_every_method_spends_the_same_and_stores_no_more_than_it_may(
     name: str, cfg: Config, material: Material, tmp_path: Path
 ) -> None:
@@ -140,7 +140,6 @@ def test_the_command_writes_json_page_and_pictures(folder: Path, tmp_path: Path)
     out = tmp_path / "compare-toy.json"
     arguments = ["compare", "default", f"stream.path={folder}", *SMALL, "--methods", "circadian,naive,joint"]
     arguments += ["--seeds", "0", "--orders", "A,reverse", "--regimes", "whole,cap5", "--grid", "2e-3"]
-    arguments.append("stream.max_source_bytes=2048")
     done = CliRunner().invoke(app, [*arguments, "--work", str(tmp_path / "work"), "--out", str(out)])
     assert done.exit_code == 0, done.output + str(done.exception)
     outcome = json.loads(out.read_text())

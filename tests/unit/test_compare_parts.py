@@ -28,6 +28,8 @@ def rows(number: int, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 def test_every_method_of_the_field_is_there() -> None:
     assert set(METHODS) >= REQUIRED
+    nights = [method.night for name, method in METHODS.items() if name.startswith("circadian")]
+    assert len(set(nights)) == len(nights), "every ablation changes something, and each something else"
     for name, variants in VARIANTS.items():
         assert METHODS[name] == next(iter(variants.values())), f"tuning of {name} must start from the method itself"
 
