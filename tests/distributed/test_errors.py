@@ -8,12 +8,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Dict
+from typing import Callable, Dict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cluster.cli import main
 from tests.harness import TIMEOUT, Run, circadian, environment
 
 MICRO = ("control.enabled=false", "pool.ranks=1")
@@ -29,14 +30,26 @@ def digest(folder: Path) -> Dict[str, str]:
     }
 
 
-def refuse(tmp_path: Path, *overrides: str) -> str:
-    """Run with bad overrides; returns the one line of the error, after checking that nothing was written."""
-    root = tmp_path / "runs"
-    done = circadian("run", "smoke", f"run.root={root}", *MICRO, *overrides, cwd=tmp_path)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert not root.exists(), sorted(root.rglob("*"))
-    assert "Traceback" not in done.stderr
-    return done.stderr
+Refuse = Callable[..., str]
+
+
+@pytest.fixture
+def refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refuse:
+    """Runs the command line, in this process, with bad overrides; returns its error, nothing having been written."""
+
+    def run(*overrides: str) -> str:
+        root = tmp_path / "runs"
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["circadian", "run", "smoke", f"run.root={root}", *MICRO, *overrides])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        assert not root.exists(), sorted(root.rglob("*"))
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and "Traceback" not in said
+        return said
+
+    return run
 
 
 @pytest.fixture
@@ -63,25 +76,25 @@ def sources(data: Path) -> tuple[str, ...]:
         ("stream.sources=[unicod]", r"stream\.sources.*unicod.*unicode"),
     ],
 )
-def test_a_wrong_setting_is_named_and_nothing_written(tmp_path: Path, override: str, said: str) -> None:
-    assert re.search(said, refuse(tmp_path, override), re.DOTALL)
+def test_a_wrong_setting_is_named_and_nothing_written(refuse: Refuse, override: str, said: str) -> None:
+    assert re.search(said, refuse(override), re.DOTALL)
 
 
-def test_an_empty_source_is_named(tmp_path: Path, data: Path) -> None:
+def test_an_empty_source_is_named(refuse: Refuse, data: Path) -> None:
     (data / "gamma.txt").write_text("")
-    message = refuse(tmp_path, *sources(data))
+    message = refuse(*sources(data))
     assert "'gamma' has no usable document" in message and str(data / "gamma.txt") in message
 
 
-def test_bytes_that_are_no_text_are_located(tmp_path: Path, data: Path) -> None:
+def test_bytes_that_are_no_text_are_located(refuse: Refuse, data: Path) -> None:
     (data / "gamma.txt").write_bytes(b"fine so far\n" + b"\xff\xfe\n" + TEXT.encode())
-    message = refuse(tmp_path, *sources(data))
+    message = refuse(*sources(data))
     assert f"{data / 'gamma.txt'}: the bytes at offset 12 are not UTF-8" in message
 
 
-def test_a_parquet_file_without_the_text_column_is_named(tmp_path: Path, data: Path) -> None:
+def test_a_parquet_file_without_the_text_column_is_named(refuse: Refuse, data: Path) -> None:
     pq.write_table(pa.table({"body": ["a", "b"]}), data / "delta.parquet")
-    message = refuse(tmp_path, *sources(data))
+    message = refuse(*sources(data))
     assert str(data / "delta.parquet") in message and "'text'" in message and "body" in message
 
 

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.timeout(600)
 OVERRIDES = (
     "run.deterministic=true",
     "control.enabled=false",
+    "pool.ranks=1",
     "wake.checkpoint_every=5",
     "stream.max_source_bytes=20480",
 )
