@@ -66,7 +66,7 @@ class CircadianTrainer:
         self.optimizer_config = replace(cfg.sleep.optimizer, lr=lr)
         self.optimizer: Optional[torch.optim.Optimizer] = None
         self.memory = Memory(capacity, 0, seed)
-        self.live = frozen_copy(self.model)
+        self.live, self.anchor = frozen_copy(self.model), frozen_copy(self.model)
         self.seen: List[str] = list(material.base_sources)
         self.anchor_row: Dict[str, Score] = {}
         self.position, self.credit, self.banked, self.rounds, self.rejected = 0, 0.0, 0.0, 0, 0
@@ -89,6 +89,7 @@ class CircadianTrainer:
             if self._is_deep(number):
                 first = days[-1][0] if self._recent_share() else 0
                 self._deep_sleep(segment.tokens_NS[first:])
+            _copy_weights(self.model, self.anchor)
             self.trace.score(self.model, self.position)
         self.trace.notes.update(rounds=self.rounds, rejected=self.rejected)
         return self.trace
@@ -149,7 +150,8 @@ class CircadianTrainer:
 
         day: (number of the day in its segment, days of the segment).
         """
-        kept = max(0.0, self.credit) * self.night.bank
+        room = self.night.deep_passes * len(self.memory) * (self.width - 1) * self.meter.full - self.banked
+        kept = max(0.0, min(self.credit * self.night.bank, room))
         self.credit, self.banked = self.credit - kept, self.banked + kept
         night = self.night
         # One schedule of the step size spans a segment's nights, or every night has its own.
@@ -193,7 +195,7 @@ class CircadianTrainer:
     ) -> None:
         if self.optimizer is None or not self.night.keep_moments:
             self.optimizer = build_optimizer(list(student.parameters()), self.optimizer_config)
-        anchor = self.live if self.night.anchor else None
+        anchor = self.anchor if self.night.anchor else None
         order, steps = _passes_over(len(recent_NS), self.random), len(recent_counts)
         average, averaged = None, 0
         for step, number in enumerate(recent_counts.tolist()):

@@ -29,12 +29,14 @@ class Night:
     """Share of every night's FLOPs that is kept for a deep sleep."""
     deep_every: int = 0
     """Sources between two deep sleeps; 0: one, when the stream has ended."""
+    deep_passes: float = 1.0
+    """Most FLOPs kept for it, in passes over what is stored: a small store is soon known by heart."""
     deep_recent: float = 0.35
     """Share of recent experience in a deep sleep."""
     teacher: float = 0.0
     """Weight of the awake model's distribution on recent experience."""
     anchor: float = 0.0
-    """Weight of the last promoted model's distribution on old experience."""
+    """Weight of the distribution, on old experience, of the model that the last source left behind."""
     average: float = 0.0
     """Share of a round's last steps whose weights are averaged into the candidate; 0: the last weights."""
     gate: bool = True
@@ -54,6 +56,7 @@ class Night:
         one_of("wake", self.wake, ("learner", "all", "none"))
         at_least("rounds", self.rounds, 1)
         at_least("deep_every", self.deep_every, 0)
+        at_least("deep_passes", self.deep_passes, 0)
         for key in ("recent", "bank", "deep_recent", "teacher", "anchor", "average", "floor", "balance"):
             share(key, getattr(self, key))
 

@@ -142,11 +142,11 @@ def test_a_damaged_segment_stops_the_run_before_it_begins(copy: Run, tmp_path: P
     assert verified.returncode == 1 and segment.name in verified.stdout.replace("\n", "")
 
 
-def test_a_full_disk_ends_the_run_and_spares_what_was_committed(tmp_path: Path) -> None:
+def test_a_full_disk_ends_the_run_and_spares_what_was_committed(runs: Path, tmp_path: Path) -> None:
     folder = tmp_path / "small"
     folder.mkdir()
     size = 3 << 20
-    overrides = ["wake.batch=1", "stream.max_source_bytes=262144", f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}"]
+    overrides = ["wake.batch=1", "stream.max_source_bytes=262144", f"tracking.uri=sqlite:///{runs / 'mlflow.db'}"]
     base = [sys.executable, "-m", "cluster.cli"]
     run = [*base, "run", "smoke", f"run.root={folder}", "run.name=full", *MICRO, *overrides]
     verify = [*base, "store", "verify", str(folder / "full" / "store")]

@@ -122,21 +122,31 @@ def check_run(root: Path, name: str) -> None:
     assert len(children) == len(summary["rounds"])
 
 
-def test_submit_runs_on_the_cluster_and_follows_it_to_the_end(head: Head, tmp_path: Path) -> None:
-    submit = ["-m", "cluster.cli", "submit", "--address", head.url, "smoke", *SMALL]
+def test_submit_runs_on_the_cluster_and_follows_it_to_the_end(head: Head, runs: Path, tmp_path: Path) -> None:
+    submit = [
+        "-m",
+        "cluster.cli",
+        "submit",
+        "--address",
+        head.url,
+        "smoke",
+        f"run.root={runs}",
+        "run.name=sent",
+        *SMALL,
+    ]
     done = client(head.env, tmp_path, *submit)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "round 2" in done.stdout, "the job's log is shown"
     assert "SUCCEEDED" in done.stdout
-    check_run(tmp_path / "runs", "smoke")
+    check_run(runs, "sent")
 
 
-def test_a_plain_ray_job_runs_the_same_command(head: Head, tmp_path: Path) -> None:
-    run = ["python", "-m", "cluster.cli", "run", "smoke", f"run.root={tmp_path}", "run.name=plain", *SMALL]
+def test_a_plain_ray_job_runs_the_same_command(head: Head, runs: Path, tmp_path: Path) -> None:
+    run = ["python", "-m", "cluster.cli", "run", "smoke", f"run.root={runs}", "run.name=plain", *SMALL]
     done = client(head.env, tmp_path, "-m", "ray.scripts.scripts", "job", "submit", "--address", head.url, "--", *run)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in done.stdout
-    check_run(tmp_path, "plain")
+    check_run(runs, "plain")
 
 
 def test_a_job_that_fails_fails_the_client(head: Head, tmp_path: Path) -> None:
