@@ -46,8 +46,8 @@ PLANS = {
     ),
     # Small batches: many commits, and a learner that runs ahead of a pool of one rank.
     "free": Plan(
-        ("pool.ranks=1", "wake.batch=2", "stream.max_source_bytes=65536", "levels.slow.period=16384"),
-        131072,
+        ("pool.ranks=1", "wake.batch=2", "stream.max_source_bytes=49152", "levels.slow.period=16384"),
+        98304,
         {"driver": 1, "learner": 3, "rank": 3, "service": 3},
     ),
 }

@@ -17,13 +17,13 @@ from pipelines.experience import Snapshot
 from tests.harness import Run
 
 pytestmark = pytest.mark.timeout(600)
-# Five rounds. Checkpoints fall between boundaries, so that a resume has something to replay.
+# Four rounds. Checkpoints fall between boundaries, so that a resume has something to replay.
 OVERRIDES = (
     "run.deterministic=true",
     "control.enabled=false",
     "pool.ranks=1",
     "wake.checkpoint_every=5",
-    "stream.max_source_bytes=20480",
+    "stream.max_source_bytes=16384",
 )
 SEED = 7
 
@@ -57,7 +57,7 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(runs: Path) -> None:
     draw = random.Random(SEED)
     whole, killed = Run(runs, "exact-whole", OVERRIDES), Run(runs, "exact-killed", OVERRIDES)
     assert whole.finish() == 0, whole.tail()
-    positions = (draw.randrange(10_000, 30_000),)
+    positions = (draw.randrange(8_000, 24_000),)
     for position in positions:
         with killed.attempt() as process:
             assert killed.wait_until(process, partial(killed.reached, position)), killed.tail()
@@ -67,7 +67,7 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(runs: Path) -> None:
     assert sum(event["resumed"] for event in killed.events("run_started")) == len(positions)
 
     one, two = whole.summary(), killed.summary()
-    assert one["tokens_streamed"] == 2 * 20480 and len(one["rounds"]) >= 4
+    assert one["tokens_streamed"] == 2 * 16384 and len(one["rounds"]) >= 4
     for key in ("matrix", "rows", "tokens_streamed", "stream_cursor", "experiences"):
         assert two[key] == one[key], key
     assert (two["experiences"]["lost"], two["experiences"]["duplicates"]) == (0, 0)
