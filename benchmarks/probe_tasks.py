@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Dict, List, Tuple
+from typing import Any, Dict, List, Tuple
 
 from benchmarks.probe_training import Recipe
 from nl_model.probes import Probe
@@ -62,12 +62,29 @@ class Task:
     build: Callable[[Texts], Probe]
     """ValueError where it needs a file that was not given."""
     recipe: Recipe
+    """What attention is trained by, and the others but for `own`."""
+    own: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Model to the fields of the recipe that are its own."""
     published: Published = field(default_factory=dict)
     """What papers report, at other sizes and with other training; for orientation only."""
-    lessons: Callable[[], Sequence[Probe]] = tuple
-    """Easier probes that every model trains on first."""
     needs_text: bool = False
     """Left out unless it is asked for by name or its files are given."""
+
+    def recipe_of(self, model: str) -> Recipe:
+        """The recipe by which one model is trained."""
+        return replace(self.recipe, **self.own.get(model, {}))
+
+
+LESSONS: Dict[str, Callable[[], Probe]] = {
+    "mqar-32-8": lambda: mqar(512, 32, 8),
+    "mqar-32-8 of 40 keys": lambda: mqar(512, 32, 8, used=40),
+}
+"""Easier probes over the tokens of a task: the same to do, with more questions or fewer words."""
+
+
+def lessons(recipe: Recipe) -> List[Probe]:
+    """The probes that a recipe begins with."""
+    return [LESSONS[name]() for name in recipe.lessons]
 
 
 def _mad(transformer: float, titans: float, hope: float) -> Published:
