@@ -7,15 +7,17 @@ from dataclasses import fields
 from typing import Dict, List, NamedTuple, Tuple
 
 from benchmarks.probe_tasks import Task
-from benchmarks.probe_training import Recipe
+from benchmarks.probe_training import Recipe, Run
 from benchmarks.tables import Spread, markdown_table
 from nl_model.memory.config import MemoryConfig
 
-HEADER = ("task", "split", "model", "mean % (least .. most)", "per seed", "lr", "steps", "parameters", "published %")
+HEADER = ("task", "split", "model", "mean % (least .. most)", "per seed", "lr", "steps", "published %")
 RECIPE_HEADER = (
     "task",
+    "tokens",
+    "vocabulary",
     "model",
-    "width",
+    "parameters",
     "heads",
     "steps at most",
     "batch",
@@ -43,7 +45,8 @@ class Line(NamedTuple):
     lr: float
     steps: Spread
     """Optimizer steps taken."""
-    parameters: int
+    run: Run
+    """The first seed's, for what is the same in all."""
 
 
 def table(lines: Sequence[Line], tasks: Mapping[str, Task]) -> List[Tuple[str, ...]]:
@@ -61,7 +64,6 @@ def table(lines: Sequence[Line], tasks: Mapping[str, Task]) -> List[Tuple[str, .
                 " ".join(f"{100 * score:.1f}" for score in line.scores),
                 f"{line.lr:g}",
                 line.steps.show(",.0f"),
-                f"{line.parameters:,}",
                 ", ".join(f"{who} {figure:g}" for who, figure in published.items()),
             )
         )
@@ -85,18 +87,20 @@ def ahead(lines: Sequence[Line], model: str) -> List[str]:
 def recipe_rows(lines: Sequence[Line], tasks: Mapping[str, Task]) -> List[Tuple[str, ...]]:
     """How each shown model was trained, under RECIPE_HEADER."""
     rows = []
-    for task, model in dict.fromkeys((line.task, line.model) for line in lines):
+    for (task, model), line in {(line.task, line.model): line for line in lines}.items():
         recipe = tasks[task].recipe_of(model)
         rows.append(
             (
                 task,
+                str(line.run.tokens),
+                str(line.run.vocabulary),
                 model,
-                str(recipe.dim),
+                f"{line.run.parameters:,}",
                 str(recipe.heads),
                 f"{recipe.steps:,}",
                 str(recipe.batch),
                 f"{recipe.examples:,} fixed" if recipe.examples else "fresh",
-                ", ".join(recipe.lessons) or "none",
+                "; ".join(recipe.lessons) or "none",
                 _memory(recipe),
             )
         )

@@ -44,7 +44,7 @@ class Recipe:
     heads: int = 1
     """Heads per block. Queries and keys have unit scale, so narrow heads cannot attend sharply: keep them wide."""
     steps: int = 2000
-    """Optimizer steps; the learning rate follows one warm-up and one cosine over them."""
+    """Optimizer steps; the learning rate warms up, stays through the lessons and follows a cosine after them."""
     batch: int = 32
     """Sequences per step."""
     lrs: Tuple[float, ...] = (3e-3,)
@@ -60,7 +60,7 @@ class Recipe:
     validation: int = 256
     """Sequences that choose the learning rate and say when a task is solved."""
     checks: int = 20
-    """How often in a run validation looks."""
+    """How often in a run validation looks, lessons excepted."""
     lesson_share: float = 0.5
     """Share of the steps that a task's lessons take, one after the other."""
     lessons: Tuple[str, ...] = ()
@@ -75,11 +75,13 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.lrs or min(self.lrs) <= 0:
             raise ValueError(f"lrs={self.lrs} must hold at least one positive learning rate")
-        for key in ("steps", "batch", "test", "validation", "checks"):
+        for key in ("mlp", "steps", "batch", "test", "validation", "checks"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
         if not 0 < self.solved <= 1:
             raise ValueError(f"solved={self.solved} must lie in (0, 1]")
+        if not 0 <= self.lesson_share <= 1:
+            raise ValueError(f"lesson_share={self.lesson_share} must lie in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,9 @@ class Run:
     parameters: int
     stopped: str
     """Why training ended: steps, solved or budget."""
+    tokens: int
+    """Length of the longest test sequence."""
+    vocabulary: int
 
 
 class Answerer(nn.Module):
@@ -214,7 +219,7 @@ def train(
         course = courses[_lesson(step, len(lessons), recipe)]
         losses.append(_step(net, optimizer, *course.draw()))
         schedule.step()
-        if step % math.ceil(recipe.steps / recipe.checks) == 0:
+        if step % math.ceil(recipe.steps / recipe.checks) == 0 and course is courses[-1]:
             solved = solved + 1 if accuracy(net, probe, *validation, device) >= recipe.solved else 0
         if recipe.patience and solved == recipe.patience:
             stopped = "solved"
@@ -234,6 +239,8 @@ def train(
         seconds=round(seconds, 1),
         parameters=sum(p.numel() for p in net.parameters()),
         stopped=stopped,
+        tokens=max(inputs.shape[1] for inputs, _ in tests.values()),
+        vocabulary=probe.vocab_size,
     )
 
 
@@ -243,11 +250,12 @@ def _lesson(step: int, lessons: int, recipe: Recipe) -> int:
 
 
 def _rate(step: int, recipe: Recipe) -> float:
-    """Share of the learning rate: linear warm-up, then a cosine down to zero."""
+    """Share of the learning rate: linear warm-up, full until the lessons are over, then a cosine down to zero."""
     warm = max(1, round(recipe.warmup * recipe.steps))
     if step < warm:
         return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, recipe.steps - warm)))
+    full = max(warm, round(recipe.lesson_share * recipe.steps)) if recipe.lessons else warm
+    return 0.5 * (1 + math.cos(math.pi * max(0, step - full) / max(1, recipe.steps - full)))
 
 
 def _step(net: Answerer, optimizer: torch.optim.Optimizer, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:

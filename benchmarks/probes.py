@@ -117,7 +117,7 @@ def _best(task: str, model: str, by_lr: Mapping[float, Sequence[Run]]) -> List[L
     runs = by_lr[lr]
     steps = Spread.of(run.steps for run in runs)
     scores = {split: tuple(run.accuracy[split] for run in runs) for split in runs[0].accuracy}
-    return [Line(task, split, model, Spread.of(s), s, lr, steps, runs[0].parameters) for split, s in scores.items()]
+    return [Line(task, split, model, Spread.of(s), s, lr, steps, runs[0]) for split, s in scores.items()]
 
 
 def chosen(names: str, texts: Texts) -> Dict[str, Task]:

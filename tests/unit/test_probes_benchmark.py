@@ -26,7 +26,7 @@ from nl_model.probes import IGNORE, Probe, stream
 from nl_model.probes.mad import compression
 
 CPU = torch.device("cpu")
-TINY = Recipe(dim=16, steps=120, batch=16, test=40, validation=40, checks=4)
+TINY = Recipe(dim=16, mlp=4, steps=120, batch=16, test=40, validation=40, checks=4)
 SHAPE = ModelConfig(dim=16, blocks=2, heads=1, context=8)
 
 
@@ -109,8 +109,22 @@ def test_no_matrix_starts_at_zero() -> None:
         assert one.std() > 0.05 and torch.equal(one, same) and not torch.equal(one, different), name
 
 
+def test_a_copied_token_is_the_first_answer() -> None:
+    """The head starts as the embedding: from a token's own embedding it answers that token."""
+    model = build("attention", 64, replace(SHAPE, dim=64), 0)
+    with torch.no_grad():
+        assert torch.equal(model.head(model.embedding.weight).argmax(-1), torch.arange(64))
+
+
+def test_validation_does_not_look_during_lessons() -> None:
+    """A lesson that is the task itself is solved early, yet a run ends only when the task itself has come."""
+    recipe = replace(TINY, lesson_share=0.5)
+    run = train(PROBE, "attention", recipe, 1e-2, 3, 0.0, CPU, [PROBE])
+    assert run.stopped == "solved" and run.steps == 120
+
+
 def run_of(score: float, validation: float, lr: float, seed: int, stopped: str = "steps") -> Run:
-    return Run(lr, seed, {"test": score}, validation, 0.5, 10, 1.0, 100, stopped)
+    return Run(lr, seed, {"test": score}, validation, 0.5, 10, 1.0, 100, stopped, 64, 512)
 
 
 @pytest.fixture
@@ -163,7 +177,7 @@ def test_a_run_is_kept_as_soon_as_it_is_done(monkeypatch: pytest.MonkeyPatch, tm
     with pytest.raises(KeyboardInterrupt):
         measured(path, tasks, ["attention"])
     (line,) = probes.collect(probes.Store(path), tasks, ["attention"])
-    assert line.scores == (0.75,) and line.steps == Spread(10, 10, 10) and line.parameters == 100
+    assert line.scores == (0.75,) and line.steps == Spread(10, 10, 10) and line.run.parameters == 100
     probes.write_page(probes.Store(path), tasks, "the command")
     page = path.with_suffix(".md").read_text()
     assert "`the command`" in page and "| mqar-64-4 | test | attention | 75.0 (75.0 .. 75.0) | 75.0 |" in page
@@ -172,15 +186,15 @@ def test_a_run_is_kept_as_soon_as_it_is_done(monkeypatch: pytest.MonkeyPatch, tm
 def test_a_model_may_have_fields_of_the_recipe_for_itself(trained: List[Any], tmp_path: Path) -> None:
     """They decide its runs and nobody else's, hold against changes from the command line, and are shown."""
     memory = MemoryConfig(eta_max=0.5)
-    tasks = recall_by(TINY, other={"memory": memory, "lrs": (0.2,), "lessons": ("mqar-32-8",)})
+    tasks = recall_by(TINY, other={"memory": memory, "lrs": (0.2,), "lessons": ("mqar-16-4",)})
     assert tasks["mqar-64-4"].recipe_of("attention") == TINY
-    assert tasks["mqar-64-4"].recipe_of("other") == replace(TINY, memory=memory, lrs=(0.2,), lessons=("mqar-32-8",))
+    assert tasks["mqar-64-4"].recipe_of("other") == replace(TINY, memory=memory, lrs=(0.2,), lessons=("mqar-16-4",))
     measured(tmp_path / "a.json", tasks, ["attention", "other"])
     tasks["mqar-64-4"] = replace(tasks["mqar-64-4"], own={"other": {"memory": MemoryConfig(eta_max=0.25)}})
     trained.clear()
     lines = measured(tmp_path / "a.json", tasks, ["attention", "other"])
     assert {model for model, *_ in trained} == {"other"}
-    shown = {(row[0], row[1]): row[-1] for row in probe_page.recipe_rows(lines, tasks)}
+    shown = {(row[0], row[3]): row[-1] for row in probe_page.recipe_rows(lines, tasks)}
     assert shown == {("mqar-64-4", "attention"): "", ("mqar-64-4", "other"): "eta_max 0.25"}
     asked = probes.changed(tasks["mqar-64-4"], {"steps": 7})
     assert {asked.recipe_of(model).steps for model in ("attention", "other")} == {7}
@@ -205,13 +219,14 @@ def test_the_learning_rate_is_chosen_on_validation_data(trained: List[Any], tmp_
 def test_the_page_says_who_is_ahead(trained: List[Any], tmp_path: Path) -> None:
     tasks = recall_by(replace(TINY, lrs=(0.1,)))
     text = probe_page.render(measured(tmp_path / "a.json", tasks, ["attention", "other"]), tasks)
-    scores = "| mqar-64-4 | test | attention | 80.5 (80.0 .. 81.0) | 80.0 81.0 | 0.1 | 10 | 100 | Transformer 100 |"
+    scores = "| mqar-64-4 | test | attention | 80.5 (80.0 .. 81.0) | 80.0 81.0 | 0.1 | 10 | Transformer 100 |"
     assert scores in text and "* mqar-64-4 (test): attention 80.5%, other 40.5%" in text
     assert "### Where other is ahead\n\nNowhere in these runs." in text
     assert "ahead" not in probe_page.render(measured(tmp_path / "a.json", tasks, ["attention"]), tasks)
     ten = Spread(10, 10, 10)
     overlapping = [
-        Line("t", "test", m, Spread(0.5, 0.4, 0.6), (0.4, 0.6), 0.1, ten, 100) for m in ("attention", "other")
+        Line("t", "test", m, Spread(0.5, 0.4, 0.6), (0.4, 0.6), 0.1, ten, run_of(0.4, 0.4, 0.1, 0))
+        for m in ("attention", "other")
     ]
     assert probe_page.ahead(overlapping, "attention") == []
 
@@ -260,6 +275,7 @@ def test_every_task_builds_and_fits_a_model(name: str, tmp_path: Path) -> None:
         (lambda: Recipe(lrs=()), "lrs"),
         (lambda: Recipe(steps=0), "steps=0"),
         (lambda: Recipe(solved=0.0), "solved=0"),
+        (lambda: Recipe(lesson_share=1.5), "lesson_share=1.5"),
         (lambda: TASKS["niah-single-2"].build(Texts()), "--background"),
         (lambda: TASKS["babilong-qa1-0"].build(Texts()), "--babi"),
     ],
@@ -301,3 +317,9 @@ def test_the_rate_warms_up_and_ends_at_zero() -> None:
     rates = [probe_training._rate(step, Recipe(steps=100, warmup=0.1)) for step in range(100)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[10] == 1.0 and all(a > b for a, b in pairwise(rates[10:])) and rates[-1] < 1e-3
+
+
+def test_the_rate_stays_up_through_the_lessons() -> None:
+    recipe = Recipe(steps=100, warmup=0.1, lessons=("mqar-16-4",), lesson_share=0.6)
+    rates = [probe_training._rate(step, recipe) for step in range(100)]
+    assert set(rates[10:61]) == {1.0} and all(a > b for a, b in pairwise(rates[60:])) and rates[-1] < 1e-2
