@@ -162,8 +162,9 @@ def main() -> None:
         tasks = {name: changed(task, changes) for name, task in chosen(args.tasks, texts).items()}
         device = resolve_device(args.device)
         torch.set_num_threads(1)
-        command = f"python -m benchmarks.probes --seeds {args.seeds}"
-        write = partial(write_page, store, TASKS | tasks, command)
+        given = {"lrs": args.lrs, "steps": args.steps, "budget": args.budget}
+        options = "".join(f" --{name} {value}" for name, value in given.items() if value)
+        write = partial(write_page, store, TASKS | tasks, options)
         measure(tasks, models, args.seeds, args.budget, store, texts, device, console, write)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(str(error)) from None
@@ -180,9 +181,12 @@ def changed(task: Task, changes: Mapping[str, Any]) -> Task:
     return replace(task, recipe=replace(task.recipe, **changes), own=own)
 
 
-def write_page(store: Store, tasks: Mapping[str, Task], command: str) -> None:
-    """The page of everything that the store holds, beside its JSON file."""
-    keep_page(store.path, command, render(collect(store, tasks, list(MODELS)), tasks))
+def write_page(store: Store, tasks: Mapping[str, Task], options: str = "") -> None:
+    """The page of everything that the store holds, beside its JSON file, under the command that makes all of it."""
+    lines = collect(store, tasks, list(MODELS))
+    names, seeds = dict.fromkeys(line.task for line in lines), max((len(line.scores) for line in lines), default=1)
+    command = f"python -m benchmarks.probes --tasks {','.join(names)} --seeds {seeds} --json {store.path.name}{options}"
+    keep_page(store.path, command, render(lines, tasks))
 
 
 if __name__ == "__main__":

@@ -178,9 +178,10 @@ def test_a_run_is_kept_as_soon_as_it_is_done(monkeypatch: pytest.MonkeyPatch, tm
         measured(path, tasks, ["attention"])
     (line,) = probes.collect(probes.Store(path), tasks, ["attention"])
     assert line.scores == (0.75,) and line.steps == Spread(10, 10, 10) and line.run.parameters == 100
-    probes.write_page(probes.Store(path), tasks, "the command")
+    probes.write_page(probes.Store(path), tasks, " --budget 5")
     page = path.with_suffix(".md").read_text()
-    assert "`the command`" in page and "| mqar-64-4 | test | attention | 75.0 (75.0 .. 75.0) | 75.0 |" in page
+    assert "`python -m benchmarks.probes --tasks mqar-64-4 --seeds 1 --json probes.json --budget 5`" in page
+    assert "| mqar-64-4 | test | attention | 75.0 (75.0 .. 75.0) | 75.0 |" in page
 
 
 def test_a_model_may_have_fields_of_the_recipe_for_itself(trained: List[Any], tmp_path: Path) -> None:
