@@ -174,7 +174,7 @@ def _babilong(task: str, length: int) -> Callable[[Texts], Probe]:
 
 
 def _hope(name: str) -> Mapping[str, Mapping[str, Any]]:
-    """Fields of the recipe that belong to Hope alone: one wide head, because a memory holds as many keys as it is wide."""
+    """What is Hope's alone in a recipe: one wide head, because a memory holds as many keys as its head is wide."""
     memory = REFLECTING if name in LANGUAGES else STORING
     return {"hope": {"heads": 1, "memory": memory, **_OWN.get(name, {})}}
 
