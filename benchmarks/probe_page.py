@@ -86,7 +86,7 @@ def ahead(lines: Sequence[Line], model: str) -> List[str]:
 
 def recipe_rows(lines: Sequence[Line], tasks: Mapping[str, Task]) -> List[Tuple[str, ...]]:
     """How each shown model was trained, under RECIPE_HEADER."""
-    rows = []
+    rows: List[Tuple[str, ...]] = []
     for (task, model), line in {(line.task, line.model): line for line in lines}.items():
         recipe = tasks[task].recipe_of(model)
         rows.append(

@@ -100,10 +100,11 @@ def collect(store: Store, tasks: Mapping[str, Task], models: Sequence[str]) -> L
     lines: List[Line] = []
     for name, task in tasks.items():
         for model in models:
-            recipe, by_lr = task.recipe_of(model), {}
-            for lr in recipe.lrs:
-                found = (store.find(cell(name, model, lr, seed), recipe) for seed in itertools.count())
-                by_lr[lr] = list(itertools.takewhile(lambda run: run is not None, found))
+            recipe = task.recipe_of(model)
+            by_lr: Dict[float, List[Run]] = {lr: [] for lr in recipe.lrs}
+            for lr, runs in by_lr.items():
+                while run := store.find(cell(name, model, lr, len(runs)), recipe):
+                    runs.append(run)
             seeds = min(map(len, by_lr.values()))
             if seeds:
                 lines += _best(name, model, {lr: runs[:seeds] for lr, runs in by_lr.items()})
