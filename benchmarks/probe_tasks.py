@@ -118,6 +118,7 @@ RECALL = Recipe(
 )
 OVERWRITE = replace(RECALL, steps=900, lessons=("mqar-16-4, 64 words",), lesson_share=0.5)
 MAD = Recipe(mlp=2, heads=2, steps=400, batch=16, weight_decay=0.0, examples=12_800)
+MAD_LONG = replace(MAD, steps=1200)
 FORMAL = Recipe(mlp=4, steps=400, patience=0)
 TEXT = Recipe(dim=128, mlp=4, test=500)
 
@@ -184,10 +185,10 @@ def _tasks() -> Dict[str, Task]:
         "mqar-64-4": (lambda _: mqar(512, 64, 4), RECALL),
         "mqar-128-8": (lambda _: mqar(512, 128, 8), RECALL),
         "overwrite-32-4": (lambda _: overwrite_mqar(64, 32, 4, 2), OVERWRITE),
-        "mad-recall": (lambda _: in_context_recall(length=64), MAD),
-        "mad-fuzzy": (lambda _: fuzzy_recall(length=64), MAD),
-        "mad-noisy": (lambda _: noisy_recall(length=64), MAD),
-        "mad-copy": (lambda _: selective_copy(length=64, copied=8), MAD),
+        "mad-recall": (lambda _: in_context_recall(length=64), MAD_LONG),
+        "mad-fuzzy": (lambda _: fuzzy_recall(length=64), MAD_LONG),
+        "mad-noisy": (lambda _: noisy_recall(length=64), MAD_LONG),
+        "mad-copy": (lambda _: selective_copy(length=64, copied=8), MAD_LONG),
         "mad-compress": (lambda _: compression(), MAD),
         "mad-memorize": (lambda _: memorization(), MAD),
     }
