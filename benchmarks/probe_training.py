@@ -21,13 +21,8 @@ from nl_model.memory.config import MemoryConfig
 from nl_model.model import NestedLM
 from nl_model.probes import IGNORE, Probe, stream
 
-MODELS: Dict[str, Dict[str, Any]] = {
-    "attention": {},
-    # A step of 2 reflects a memory at its key: the eigenvalue of -1 that counting modulo two asks for. One chunk holds
-    # a whole word, because keys and gates change where a chunk ends: with 64, longer words fail (docs/LOG.md).
-    "hope": {"mixer": "titans", "memory": MemoryConfig(eta_max=1.999, chunk=256, mem_chunk=256)},
-}
-"""Model name to the fields of ModelConfig that make it; everything else is the recipe's, equal for all."""
+MODELS: Dict[str, Dict[str, Any]] = {"attention": {}, "hope": {"mixer": "titans"}}
+"""Model name to the fields of ModelConfig that make it; everything else is the recipe's."""
 
 TEST_SEED = 1_000_003
 """Every model and seed of training answers the same questions."""
@@ -38,16 +33,18 @@ ZERO_GAIN = 0.5
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a probe is trained, equal for every model."""
+    """How a model is trained on a probe."""
 
     dim: int = 64
     """Width of the residual stream."""
     blocks: int = 2
-    """Decoder blocks, each with one MLP of hidden width 4 * dim."""
+    """Decoder blocks, each with one MLP."""
+    mlp: int = 1
+    """Hidden units of a block's MLP per unit of width."""
     heads: int = 1
     """Heads per block. Queries and keys have unit scale, so narrow heads cannot attend sharply: keep them wide."""
     steps: int = 2000
-    """Optimizer steps; the learning rate follows one warm-up and one cosine over them."""
+    """Optimizer steps; the learning rate warms up, stays through the lessons and follows a cosine after them."""
     batch: int = 32
     """Sequences per step."""
     lrs: Tuple[float, ...] = (3e-3,)
@@ -63,18 +60,28 @@ class Recipe:
     validation: int = 256
     """Sequences that choose the learning rate and say when a task is solved."""
     checks: int = 20
-    """How often in a run validation looks."""
+    """How often in a run validation looks, lessons excepted."""
     lesson_share: float = 0.5
     """Share of the steps that a task's lessons take, one after the other."""
+    lessons: Tuple[str, ...] = ()
+    """Names of easier probes that come first, in order."""
+    solved: float = 0.995
+    """Validation score from which on a task counts as solved."""
     patience: int = 2
-    """Perfect looks in a row that end a run; 0: every step is taken, which hardens what longer tests ask for."""
+    """Solved looks in a row that end a run; 0: every step is taken, which hardens what longer tests ask for."""
+    memory: MemoryConfig | None = None
+    """Rule and chunks of self-modifying memories, for models that have them."""
 
     def __post_init__(self) -> None:
         if not self.lrs or min(self.lrs) <= 0:
             raise ValueError(f"lrs={self.lrs} must hold at least one positive learning rate")
-        for key in ("steps", "batch", "test", "validation", "checks"):
+        for key in ("mlp", "steps", "batch", "test", "validation", "checks"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
+        if not 0 < self.solved <= 1:
+            raise ValueError(f"solved={self.solved} must lie in (0, 1]")
+        if not 0 <= self.lesson_share <= 1:
+            raise ValueError(f"lesson_share={self.lesson_share} must lie in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,9 @@ class Run:
     parameters: int
     stopped: str
     """Why training ended: steps, solved or budget."""
+    tokens: int
+    """Length of the longest test sequence."""
+    vocabulary: int
 
 
 class Answerer(nn.Module):
@@ -127,25 +137,29 @@ class Answerer(nn.Module):
         return self.head(x_BTD[scored_BT])
 
 
-def build(name: str, vocab_size: int, cfg: ModelConfig, seed: int) -> NestedLM:
-    """A fresh model of MODELS with one MLP per block; ValueError for an unknown name."""
+def build(name: str, vocab_size: int, cfg: ModelConfig, seed: int, mlp: int = 4) -> NestedLM:
+    """A fresh model of MODELS with one MLP of hidden width mlp * dim per block; ValueError for an unknown name."""
     if name not in MODELS:
         raise ValueError(f"model={name!r} is unknown; use one of {', '.join(MODELS)}")
     # Trained in full, so it does not matter which level a block's MLP belongs to.
     below = ",".join(map(str, range(cfg.blocks - 1)))
     levels = {
-        "fast": LevelConfig(period=1, width=4 * cfg.dim, blocks=str(cfg.blocks - 1)),
-        "slow": LevelConfig(period=2, width=4 * cfg.dim, blocks=below, owner="pool"),
+        "fast": LevelConfig(period=1, width=mlp * cfg.dim, blocks=str(cfg.blocks - 1)),
+        "slow": LevelConfig(period=2, width=mlp * cfg.dim, blocks=below, owner="pool"),
     }
     model = NestedLM(replace(cfg, **MODELS[name]), levels, vocab_size).reset_parameters(seed)
     draw_zeros(model, seed)
     return model
 
 
-def draw_zeros(model: nn.Module, seed: int) -> None:
-    """Draw the matrices that start at zero: neutral starts suit growing models, but delay recall in small ones."""
+def draw_zeros(model: NestedLM, seed: int) -> None:
+    """Draw the matrices that start at zero: neutral starts suit growing models, but delay recall in small ones.
+
+    The head starts as the embedding, scaled, so that a copied token is the answer from the first step on.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
+        model.head.weight.copy_(model.embedding.weight * model.cfg.dim**-0.5)
         for parameter in model.parameters():
             if parameter.dim() == 2 and not parameter.any():
                 std = ZERO_GAIN * parameter.size(1) ** -0.5
@@ -189,18 +203,25 @@ def train(
     courses.append(Batches(probe, "train", seed, recipe.batch, recipe.examples, device))
     validation = probe.sample(stream(seed, "validation"), recipe.validation, "train")
     context = max(inputs.shape[1] for inputs, _ in (*tests.values(), validation))
-    cfg = ModelConfig(dim=recipe.dim, blocks=recipe.blocks, heads=recipe.heads, context=context)
-    net = Answerer(build(model, probe.vocab_size, cfg, seed), probe.readout, seed).to(device)
+    cfg = ModelConfig(
+        dim=recipe.dim,
+        blocks=recipe.blocks,
+        heads=recipe.heads,
+        context=context,
+        memory=recipe.memory or MemoryConfig(),
+    )
+    body = build(model, probe.vocab_size, cfg, seed, recipe.mlp)
+    net = Answerer(body, probe.readout, seed).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, recipe))
-    losses, perfect, stopped, started, step = [], 0, "steps", time.process_time(), 0
+    losses, solved, stopped, started, step = [], 0, "steps", time.process_time(), 0
     for step in range(1, recipe.steps + 1):
         course = courses[_lesson(step, len(lessons), recipe)]
         losses.append(_step(net, optimizer, *course.draw()))
         schedule.step()
-        if step % math.ceil(recipe.steps / recipe.checks) == 0:
-            perfect = perfect + 1 if accuracy(net, probe, *validation, device) == 1.0 else 0
-        if recipe.patience and perfect == recipe.patience:
+        if step % math.ceil(recipe.steps / recipe.checks) == 0 and course is courses[-1]:
+            solved = solved + 1 if accuracy(net, probe, *validation, device) >= recipe.solved else 0
+        if recipe.patience and solved == recipe.patience:
             stopped = "solved"
             break
         if budget and time.process_time() - started > budget:
@@ -218,6 +239,8 @@ def train(
         seconds=round(seconds, 1),
         parameters=sum(p.numel() for p in net.parameters()),
         stopped=stopped,
+        tokens=max(inputs.shape[1] for inputs, _ in tests.values()),
+        vocabulary=probe.vocab_size,
     )
 
 
@@ -227,11 +250,12 @@ def _lesson(step: int, lessons: int, recipe: Recipe) -> int:
 
 
 def _rate(step: int, recipe: Recipe) -> float:
-    """Share of the learning rate: linear warm-up, then a cosine down to zero."""
+    """Share of the learning rate: linear warm-up, full until the lessons are over, then a cosine down to zero."""
     warm = max(1, round(recipe.warmup * recipe.steps))
     if step < warm:
         return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, recipe.steps - warm)))
+    full = max(warm, round(recipe.lesson_share * recipe.steps)) if recipe.lessons else warm
+    return 0.5 * (1 + math.cos(math.pi * max(0, step - full) / max(1, recipe.steps - full)))
 
 
 def _step(net: Answerer, optimizer: torch.optim.Optimizer, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:

@@ -6,33 +6,27 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.probe_tasks import TASKS, Task, Texts
+from benchmarks.probe_page import HEADER, Line, render, table
+from benchmarks.probe_tasks import TASKS, Task, Texts, lessons
 from benchmarks.probe_training import MODELS, Recipe, Run, train
-from benchmarks.tables import Machine, Spread, markdown_table
+from benchmarks.results import keep_page
+from benchmarks.tables import Machine, Spread
 from nl_model.model import resolve_device
 from nl_model.weights import write_durably
 from pipelines.versions import versions
-
-HEADER = ("task", "split", "model", "mean % (least .. most)", "per seed", "lr", "published %")
-ABOUT = (
-    "Accuracy of small models trained side by side under one recipe per task; the learning rate is chosen per model on "
-    "validation data. Languages and needles count whole sequences. Published figures come from other sizes and other "
-    "training: they say what to expect in order, not in value."
-)
-
-Line = Tuple[str, str, str, Spread, List[float], float]
-"""Task, split, model, spread over seeds, scores by seed, learning rate."""
 
 
 class Store:
@@ -42,13 +36,16 @@ class Store:
         self.path = path
         self.runs: Dict[str, Dict[str, Any]] = json.loads(path.read_text())["runs"] if path.is_file() else {}
 
-    def find(self, key: str, recipe: Recipe, budget: float) -> Run | None:
-        """The finished run of this key, if it was trained as asked; one that a budget ended counts for it alone."""
+    def find(self, key: str, recipe: Recipe, budget: float | None = None) -> Run | None:
+        """The finished run of this key, if it was trained as asked; one that a budget ended counts for it alone.
+
+        Without a budget every run that was trained by this recipe counts.
+        """
         entry = self.runs.get(key)
         if entry is None or entry["recipe"] != _plain(recipe):
             return None
         run = Run(**entry["run"])
-        return run if run.stopped != "budget" or entry["budget"] == budget else None
+        return run if budget is None or run.stopped != "budget" or entry["budget"] == budget else None
 
     def keep(self, key: str, recipe: Recipe, budget: float, run: Run) -> None:
         """Add a run and write the file."""
@@ -72,24 +69,25 @@ def measure(
     texts: Texts,
     device: torch.device,
     console: Console,
-) -> List[Line]:
-    """Train what the store does not hold yet; one line per task, test split and model."""
-    lines: List[Line] = []
+    finished: Callable[[], None] = lambda: None,
+) -> None:
+    """Train what the store does not hold yet; `finished` is called whenever a task is done."""
     for name, task in tasks.items():
         probe = task.build(texts)
-        for model in models:
-            by_lr: Dict[float, List[Run]] = {}
-            for lr in task.recipe.lrs:
-                for seed in range(seeds):
-                    key = f"{name}/{model}/{lr:g}/{seed}"
-                    run = store.find(key, task.recipe, budget)
-                    if run is None:
-                        run = train(probe, model, task.recipe, lr, seed, budget, device, task.lessons())
-                        store.keep(key, task.recipe, budget, run)
-                        console.print(_progress(key, run), highlight=False)
-                    by_lr.setdefault(lr, []).append(run)
-            lines += _best(name, model, by_lr)
-    return lines
+        for model, seed in itertools.product(models, range(seeds)):
+            recipe = task.recipe_of(model)
+            for lr in recipe.lrs:
+                key = cell(name, model, lr, seed)
+                if store.find(key, recipe, budget) is None:
+                    run = train(probe, model, recipe, lr, seed, budget, device, lessons(recipe))
+                    store.keep(key, recipe, budget, run)
+                    console.print(_progress(key, run), highlight=False)
+        finished()
+
+
+def cell(task: str, model: str, lr: float, seed: int) -> str:
+    """Key of one run."""
+    return f"{task}/{model}/{lr:g}/{seed}"
 
 
 def _progress(key: str, run: Run) -> str:
@@ -97,60 +95,30 @@ def _progress(key: str, run: Run) -> str:
     return f"{key}: {scores} after {run.steps} steps, {run.seconds:.0f} s ({run.stopped})"
 
 
+def collect(store: Store, tasks: Mapping[str, Task], models: Sequence[str]) -> List[Line]:
+    """What the store holds of these tasks as their recipes are now: one line per task, test split and model."""
+    lines: List[Line] = []
+    for name, task in tasks.items():
+        for model in models:
+            recipe = task.recipe_of(model)
+            by_lr: Dict[float, List[Run]] = {lr: [] for lr in recipe.lrs}
+            for lr, runs in by_lr.items():
+                while run := store.find(cell(name, model, lr, len(runs)), recipe):
+                    runs.append(run)
+            seeds = min(map(len, by_lr.values()))
+            if seeds:
+                lines += _best(name, model, {lr: runs[:seeds] for lr, runs in by_lr.items()})
+    splits = {name: list(dict.fromkeys(line.split for line in lines if line.task == name)) for name in tasks}
+    return sorted(lines, key=lambda line: (list(tasks).index(line.task), splits[line.task].index(line.split)))
+
+
 def _best(task: str, model: str, by_lr: Mapping[float, Sequence[Run]]) -> List[Line]:
     """Lines of the learning rate whose runs have the best mean validation score (the smaller one if they tie)."""
     lr = max(sorted(by_lr), key=lambda lr: sum(run.validation for run in by_lr[lr]))
-    splits = by_lr[lr][0].accuracy
-    scores = {split: [run.accuracy[split] for run in by_lr[lr]] for split in splits}
-    return [(task, split, model, Spread.of(values), values, lr) for split, values in scores.items()]
-
-
-def table(lines: Sequence[Line], tasks: Mapping[str, Task]) -> List[Tuple[str, ...]]:
-    """Rows under HEADER."""
-    rows: List[Tuple[str, ...]] = []
-    for task, split, model, spread, values, lr in lines:
-        published = tasks[task].published.get(split, {})
-        rows.append(
-            (
-                task,
-                split,
-                model,
-                f"{100 * sum(values) / len(values):.1f} ({100 * spread.low:.1f} .. {100 * spread.high:.1f})",
-                " ".join(f"{100 * value:.1f}" for value in values),
-                f"{lr:g}",
-                ", ".join(f"{who} {figure:g}" for who, figure in published.items()),
-            )
-        )
-    return rows
-
-
-def attention_ahead(lines: Sequence[Line]) -> List[str]:
-    """One sentence per task and split where attention's worst seed beats every other model's best."""
-    found = []
-    cells: Dict[Tuple[str, str], Dict[str, Spread]] = {}
-    for task, split, model, spread, _values, _lr in lines:
-        cells.setdefault((task, split), {})[model] = spread
-    for (task, split), by_model in cells.items():
-        others = {model: spread for model, spread in by_model.items() if model != "attention"}
-        if "attention" in by_model and others and by_model["attention"].low > max(s.high for s in others.values()):
-            shown = ", ".join(f"{model} {100 * spread.median:.1f}%" for model, spread in others.items())
-            found.append(f"{task} ({split}): attention {100 * by_model['attention'].median:.1f}%, {shown}")
-    return found
-
-
-def render(lines: Sequence[Line], tasks: Mapping[str, Task]) -> str:
-    """The report as Markdown."""
-    parts = [
-        "# Memory probes",
-        ABOUT,
-        f"* machine: {Machine.here().show()}",
-        markdown_table(HEADER, table(lines, tasks)),
-    ]
-    if len({line[2] for line in lines}) > 1:
-        ahead = attention_ahead(lines)
-        listed = "\n".join(f"* {line}" for line in ahead) if ahead else "Nowhere in these runs."
-        parts.append(f"## Where attention stays ahead\n\n{listed}")
-    return "\n\n".join(parts) + "\n"
+    runs = by_lr[lr]
+    steps = Spread.of(run.steps for run in runs)
+    scores = {split: tuple(run.accuracy[split] for run in runs) for split in runs[0].accuracy}
+    return [Line(task, split, model, Spread.of(s), s, lr, steps, runs[0]) for split, s in scores.items()]
 
 
 def chosen(names: str, texts: Texts) -> Dict[str, Task]:
@@ -188,24 +156,38 @@ def main() -> None:
     changes: Dict[str, Any] = {"lrs": tuple(map(float, args.lrs.split(",")))} if args.lrs else {}
     if args.steps:
         changes["steps"] = args.steps
+    models, store = args.models.split(","), Store(args.json)
     try:
         if args.seeds < 1 or args.budget < 0:
             raise ValueError(f"seeds={args.seeds} must be at least 1 and budget={args.budget} at least 0")
-        tasks = {n: replace(t, recipe=replace(t.recipe, **changes)) for n, t in chosen(args.tasks, texts).items()}
+        tasks = {name: changed(task, changes) for name, task in chosen(args.tasks, texts).items()}
         device = resolve_device(args.device)
         torch.set_num_threads(1)
-        lines = measure(
-            tasks, args.models.split(","), args.seeds, args.budget, Store(args.json), texts, device, console
-        )
+        given = {"lrs": args.lrs, "steps": args.steps, "budget": args.budget}
+        options = "".join(f" --{name} {value}" for name, value in given.items() if value)
+        write = partial(write_page, store, TASKS | tasks, options)
+        measure(tasks, models, args.seeds, args.budget, store, texts, device, console, write)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(str(error)) from None
     shown = Table(*HEADER, title="memory probes")
-    for row in table(lines, tasks):
+    for row in table(collect(store, tasks, models), tasks):
         shown.add_row(*row)
     console.print(shown)
-    report = args.json.with_suffix(".md")
-    write_durably(report, render(lines, tasks).encode())
-    console.print(f"written to {args.json} and {report}")
+    console.print(f"written to {args.json} and {args.json.with_suffix('.md')}")
+
+
+def changed(task: Task, changes: Mapping[str, Any]) -> Task:
+    """The task with these fields of its recipe set for every model."""
+    own = {model: {**fields, **changes} for model, fields in task.own.items()}
+    return replace(task, recipe=replace(task.recipe, **changes), own=own)
+
+
+def write_page(store: Store, tasks: Mapping[str, Task], options: str = "") -> None:
+    """The page of everything that the store holds, beside its JSON file, under the command that makes all of it."""
+    lines = collect(store, tasks, list(MODELS))
+    names, seeds = dict.fromkeys(line.task for line in lines), max((len(line.scores) for line in lines), default=1)
+    command = f"python -m benchmarks.probes --tasks {','.join(names)} --seeds {seeds} --json {store.path.name}{options}"
+    keep_page(store.path, command, render(lines, tasks))
 
 
 if __name__ == "__main__":

@@ -15,16 +15,18 @@ from numpy.random import Generator
 from rich.console import Console
 from torch import Tensor, nn
 
-from benchmarks import probe_training, probes
-from benchmarks.probe_tasks import TASKS, Task, Texts
+from benchmarks import probe_page, probe_training, probes
+from benchmarks.probe_page import Line
+from benchmarks.probe_tasks import LESSONS, TASKS, Task, Texts, lessons
 from benchmarks.probe_training import Answerer, Batches, Recipe, Run, accuracy, build, train
 from benchmarks.tables import Spread
 from nl_model.config import ModelConfig
+from nl_model.memory.config import MemoryConfig
 from nl_model.probes import IGNORE, Probe, stream
 from nl_model.probes.mad import compression
 
 CPU = torch.device("cpu")
-TINY = Recipe(dim=16, steps=120, batch=16, test=40, validation=40, checks=4)
+TINY = Recipe(dim=16, mlp=4, steps=120, batch=16, test=40, validation=40, checks=4)
 SHAPE = ModelConfig(dim=16, blocks=2, heads=1, context=8)
 
 
@@ -107,8 +109,22 @@ def test_no_matrix_starts_at_zero() -> None:
         assert one.std() > 0.05 and torch.equal(one, same) and not torch.equal(one, different), name
 
 
+def test_a_copied_token_is_the_first_answer() -> None:
+    """The head starts as the embedding: from a token's own embedding it answers that token."""
+    model = build("attention", 64, replace(SHAPE, dim=64), 0)
+    with torch.no_grad():
+        assert torch.equal(model.head(model.embedding.weight).argmax(-1), torch.arange(64))
+
+
+def test_validation_does_not_look_during_lessons() -> None:
+    """A lesson that is the task itself is solved early, yet a run ends only when the task itself has come."""
+    recipe = replace(TINY, lesson_share=0.5)
+    run = train(PROBE, "attention", recipe, 1e-2, 3, 0.0, CPU, [PROBE])
+    assert run.stopped == "solved" and run.steps == 120
+
+
 def run_of(score: float, validation: float, lr: float, seed: int, stopped: str = "steps") -> Run:
-    return Run(lr, seed, {"test": score}, validation, 0.5, 10, 1.0, 100, stopped)
+    return Run(lr, seed, {"test": score}, validation, 0.5, 10, 1.0, 100, stopped, 64, 512)
 
 
 @pytest.fixture
@@ -125,22 +141,64 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> List[tuple[str, float, int]]:
     return calls
 
 
-def measured(path: Path, tasks: Dict[str, Task], models: List[str], budget: float = 0.0) -> List[probes.Line]:
-    return probes.measure(tasks, models, 2, budget, probes.Store(path), Texts(), CPU, Console(quiet=True))
+def measured(path: Path, tasks: Dict[str, Task], models: List[str], budget: float = 0.0) -> List[Line]:
+    store = probes.Store(path)
+    probes.measure(tasks, models, 2, budget, store, Texts(), CPU, Console(quiet=True))
+    return probes.collect(store, tasks, models)
+
+
+def recall_by(recipe: Recipe, **own: Dict[str, Any]) -> Dict[str, Task]:
+    return {"mqar-64-4": replace(TASKS["mqar-64-4"], recipe=recipe, own=own)}
 
 
 def test_finished_runs_are_not_repeated(trained: List[Any], tmp_path: Path) -> None:
     path = tmp_path / "probes.json"
-    tasks = {"mqar-64-4": replace(TASKS["mqar-64-4"], recipe=replace(TINY, lrs=(0.01, 0.1)))}
+    tasks = recall_by(replace(TINY, lrs=(0.01, 0.1)))
     first = measured(path, tasks, ["attention"])
-    assert trained == [("attention", lr, seed) for lr in (0.01, 0.1) for seed in (0, 1)]
+    assert sorted(trained) == [("attention", lr, seed) for lr in (0.01, 0.1) for seed in (0, 1)]
     again = measured(path, tasks, ["attention", "other"])
-    assert trained[4:] == [("other", lr, seed) for lr in (0.01, 0.1) for seed in (0, 1)]
+    assert sorted(trained[4:]) == [("other", lr, seed) for lr in (0.01, 0.1) for seed in (0, 1)]
     assert again[: len(first)] == first
-    tasks["mqar-64-4"] = replace(tasks["mqar-64-4"], recipe=replace(TINY, lrs=(0.01, 0.1), steps=7))
-    measured(path, tasks, ["attention"])
+    measured(path, recall_by(replace(TINY, lrs=(0.01, 0.1), steps=7)), ["attention"])
     assert len(trained) == 12, "another recipe is another run"
     assert set(json.loads(path.read_text())) == {"written", "versions", "machine", "runs"}
+
+
+def test_a_run_is_kept_as_soon_as_it_is_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Cut off in the second seed, the benchmark still has the first one, and its page shows it."""
+
+    def fake(_probe: Probe, _model: str, _recipe: Recipe, lr: float, seed: int, *_rest: Any) -> Run:
+        if seed:
+            raise KeyboardInterrupt
+        return run_of(0.75, 1.0, lr, seed)
+
+    monkeypatch.setattr(probes, "train", fake)
+    path, tasks = tmp_path / "probes.json", recall_by(TINY)
+    with pytest.raises(KeyboardInterrupt):
+        measured(path, tasks, ["attention"])
+    (line,) = probes.collect(probes.Store(path), tasks, ["attention"])
+    assert line.scores == (0.75,) and line.steps == Spread(10, 10, 10) and line.run.parameters == 100
+    probes.write_page(probes.Store(path), tasks, " --budget 5")
+    page = path.with_suffix(".md").read_text()
+    assert "`python -m benchmarks.probes --tasks mqar-64-4 --seeds 1 --json probes.json --budget 5`" in page
+    assert "| mqar-64-4 | test | attention | 75.0 (75.0 .. 75.0) | 75.0 |" in page
+
+
+def test_a_model_may_have_fields_of_the_recipe_for_itself(trained: List[Any], tmp_path: Path) -> None:
+    """They decide its runs and nobody else's, hold against changes from the command line, and are shown."""
+    memory = MemoryConfig(eta_max=0.5)
+    tasks = recall_by(TINY, other={"memory": memory, "lrs": (0.2,), "lessons": ("mqar-16-4",)})
+    assert tasks["mqar-64-4"].recipe_of("attention") == TINY
+    assert tasks["mqar-64-4"].recipe_of("other") == replace(TINY, memory=memory, lrs=(0.2,), lessons=("mqar-16-4",))
+    measured(tmp_path / "a.json", tasks, ["attention", "other"])
+    tasks["mqar-64-4"] = replace(tasks["mqar-64-4"], own={"other": {"memory": MemoryConfig(eta_max=0.25)}})
+    trained.clear()
+    lines = measured(tmp_path / "a.json", tasks, ["attention", "other"])
+    assert {model for model, *_ in trained} == {"other"}
+    shown = {(row[0], row[3]): row[-1] for row in probe_page.recipe_rows(lines, tasks)}
+    assert shown == {("mqar-64-4", "attention"): "", ("mqar-64-4", "other"): "eta_max 0.25"}
+    asked = probes.changed(tasks["mqar-64-4"], {"steps": 7})
+    assert {asked.recipe_of(model).steps for model in ("attention", "other")} == {7}
 
 
 def test_a_run_that_its_budget_ended_counts_for_that_budget_only(tmp_path: Path) -> None:
@@ -150,23 +208,39 @@ def test_a_run_that_its_budget_ended_counts_for_that_budget_only(tmp_path: Path)
     again = probes.Store(tmp_path / "probes.json")
     assert again.find("a", TINY, 5.0) is not None and again.find("a", TINY, 9.0) is None
     assert again.find("b", TINY, 9.0) == run_of(0.5, 0.5, 0.1, 0, "steps")
+    assert again.find("a", TINY) is not None, "shown, whatever the budget was"
 
 
 def test_the_learning_rate_is_chosen_on_validation_data(trained: List[Any], tmp_path: Path) -> None:
-    tasks = {"mqar-64-4": replace(TASKS["mqar-64-4"], recipe=replace(TINY, lrs=(0.01, 0.1)))}
-    (line,) = measured(tmp_path / "probes.json", tasks, ["attention"])
-    assert line[-1] == 0.1 and line[3] == Spread.of(line[4])
-    assert line[4] == pytest.approx([0.8, 0.81]), "the better test score of lr 0.01 does not count"
+    (line,) = measured(tmp_path / "probes.json", recall_by(replace(TINY, lrs=(0.01, 0.1))), ["attention"])
+    assert line.lr == 0.1 and line.spread == Spread.of(line.scores)
+    assert line.scores == pytest.approx([0.8, 0.81]), "the better test score of lr 0.01 does not count"
 
 
-def test_the_report_says_where_attention_is_ahead(trained: List[Any], tmp_path: Path) -> None:
-    tasks = {"mqar-64-4": replace(TASKS["mqar-64-4"], recipe=replace(TINY, lrs=(0.1,)))}
-    text = probes.render(measured(tmp_path / "a.json", tasks, ["attention", "other"]), tasks)
-    assert "| mqar-64-4 | test | attention | 80.5 (80.0 .. 81.0) | 80.0 81.0 | 0.1 | Transformer 100 |" in text
-    assert "* mqar-64-4 (test): attention 80.5%, other 40.5%" in text
-    assert "stays ahead" not in probes.render(measured(tmp_path / "a.json", tasks, ["attention"]), tasks)
-    overlapping = [("t", "test", m, Spread(0.5, 0.4, 0.6), [0.4, 0.6], 0.1) for m in ("attention", "other")]
-    assert probes.attention_ahead(overlapping) == []
+def test_the_page_says_who_is_ahead(trained: List[Any], tmp_path: Path) -> None:
+    tasks = recall_by(replace(TINY, lrs=(0.1,)))
+    text = probe_page.render(measured(tmp_path / "a.json", tasks, ["attention", "other"]), tasks)
+    scores = "| mqar-64-4 | test | attention | 80.5 (80.0 .. 81.0) | 80.0 81.0 | 0.1 | 10 | Transformer 100 |"
+    assert scores in text and "* mqar-64-4 (test): attention 80.5%, other 40.5%" in text
+    assert "### Where other is ahead\n\nNowhere in these runs." in text
+    assert "ahead" not in probe_page.render(measured(tmp_path / "a.json", tasks, ["attention"]), tasks)
+    ten = Spread(10, 10, 10)
+    overlapping = [
+        Line("t", "test", m, Spread(0.5, 0.4, 0.6), (0.4, 0.6), 0.1, ten, run_of(0.4, 0.4, 0.1, 0))
+        for m in ("attention", "other")
+    ]
+    assert probe_page.ahead(overlapping, "attention") == []
+
+
+def test_the_page_keeps_what_was_trained_elsewhere_and_drops_old_recipes(trained: List[Any], tmp_path: Path) -> None:
+    parity = {"parity": replace(TASKS["parity"], recipe=TINY, own={})}
+    measured(tmp_path / "a.json", recall_by(TINY), ["attention"])
+    measured(tmp_path / "a.json", parity, ["attention"])
+    store = probes.Store(tmp_path / "a.json")
+    both = probes.collect(store, recall_by(TINY) | parity, ["attention"])
+    assert [line.task for line in both] == ["mqar-64-4", "parity"]
+    stale = recall_by(replace(TINY, dim=32)) | parity
+    assert [line.task for line in probes.collect(store, stale, ["attention"])] == ["parity"]
 
 
 def test_tasks_are_chosen_by_name_or_beginning() -> None:
@@ -201,6 +275,8 @@ def test_every_task_builds_and_fits_a_model(name: str, tmp_path: Path) -> None:
         (lambda: build("mamba", 8, SHAPE, 0), "model='mamba'"),
         (lambda: Recipe(lrs=()), "lrs"),
         (lambda: Recipe(steps=0), "steps=0"),
+        (lambda: Recipe(solved=0.0), "solved=0"),
+        (lambda: Recipe(lesson_share=1.5), "lesson_share=1.5"),
         (lambda: TASKS["niah-single-2"].build(Texts()), "--background"),
         (lambda: TASKS["babilong-qa1-0"].build(Texts()), "--babi"),
     ],
@@ -208,6 +284,19 @@ def test_every_task_builds_and_fits_a_model(name: str, tmp_path: Path) -> None:
 def test_wrong_settings_are_named(wrong: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         wrong()
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_lessons_use_the_tokens_of_their_task(name: str) -> None:
+    for model in probe_training.MODELS:
+        recipe = TASKS[name].recipe_of(model)
+        assert set(recipe.lessons) <= set(LESSONS) and (recipe.memory is not None) == (model == "hope")
+        if recipe.lessons:
+            probe = TASKS[name].build(Texts())
+            longest = max(probe.sample(stream(0, split), 1, split)[0].shape[1] for split in probe.splits)
+            for lesson in lessons(recipe):
+                inputs, _ = lesson.sample(stream(0, "train"), 4, "train")
+                assert lesson.vocab_size == probe.vocab_size and inputs.shape[1] <= longest
 
 
 def test_lessons_come_first_in_equal_parts() -> None:
@@ -229,3 +318,9 @@ def test_the_rate_warms_up_and_ends_at_zero() -> None:
     rates = [probe_training._rate(step, Recipe(steps=100, warmup=0.1)) for step in range(100)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[10] == 1.0 and all(a > b for a, b in pairwise(rates[10:])) and rates[-1] < 1e-3
+
+
+def test_the_rate_stays_up_through_the_lessons() -> None:
+    recipe = Recipe(steps=100, warmup=0.1, lessons=("mqar-16-4",), lesson_share=0.6)
+    rates = [probe_training._rate(step, recipe) for step in range(100)]
+    assert set(rates[10:61]) == {1.0} and all(a > b for a, b in pairwise(rates[60:])) and rates[-1] < 1e-2
