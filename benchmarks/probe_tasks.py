@@ -189,7 +189,7 @@ def _tasks() -> Dict[str, Task]:
         "mad-fuzzy": (lambda _: fuzzy_recall(length=64), MAD_LONG),
         "mad-noisy": (lambda _: noisy_recall(length=64), MAD_LONG),
         "mad-copy": (lambda _: selective_copy(length=64, copied=8), MAD_LONG),
-        "mad-compress": (lambda _: compression(), MAD),
+        "mad-compress": (lambda _: compression(), MAD_LONG),
         "mad-memorize": (lambda _: memorization(), MAD),
     }
     for name in LANGUAGES:

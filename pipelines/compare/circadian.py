@@ -56,7 +56,6 @@ class CircadianTrainer:
         cfg = material.cfg
         self.material, self.night, self.lr, self.epochs, self.device = material, night, lr, epochs, device
         self.cfg, self.size, self.width = cfg, cfg.sleep.batch, cfg.model.context + 1
-        self.sleep_config = replace(cfg.sleep, teacher=night.teacher, anchor=night.anchor)
         self.model = fresh_model(material, weights, device)
         self.meter = Meter.of(cfg, material.vocab_size)
         self.trace = Trace(material, self.meter)
@@ -89,10 +88,18 @@ class CircadianTrainer:
             if self._is_deep(number):
                 first = days[-1][0] if self._recent_share() else 0
                 self._deep_sleep(segment.tokens_NS[first:])
+            self._merge()
             _copy_weights(self.model, self.anchor)
             self.trace.score(self.model, self.position)
         self.trace.notes.update(rounds=self.rounds, rejected=self.rejected)
         return self.trace
+
+    @torch.no_grad()
+    def _merge(self) -> None:
+        """Move the weights back towards the last boundary's."""
+        weight = self.night.merge * self.scarcity
+        for new, old in zip(self.model.parameters(), self.anchor.parameters(), strict=True):
+            new.lerp_(old, weight)
 
     def _sources_of(self, segment: Segment) -> List[str]:
         return [self.material.sources[i] for i in dict.fromkeys(segment.sources_N.tolist())]
@@ -135,8 +142,15 @@ class CircadianTrainer:
     @property
     def step_flops(self) -> float:
         """FLOPs of one sleeping step, guides included."""
-        guided = self.night.recent * bool(self.night.teacher) + (1 - self.night.recent) * bool(self.night.anchor)
+        night, scarcity = self.night, self.scarcity
+        guided = night.recent * (bool(night.teacher) + bool(night.hold * scarcity))
+        guided += (1 - night.recent) * bool(night.anchor * scarcity)
         return self.size * (self.width - 1) * (self.meter.full + guided * self.meter.forward)
+
+    @property
+    def scarcity(self) -> float:
+        """Share of all sequences seen that the memory does not hold (1 where `scarce` is off)."""
+        return 1.0 - len(self.memory) / max(1, self.memory.seen) if self.night.scarce else 1.0
 
     def _is_deep(self, number: int) -> bool:
         """Whether a deep sleep, which spends what was kept for it, follows the segment of this number (from 1)."""
@@ -195,7 +209,11 @@ class CircadianTrainer:
     ) -> None:
         if self.optimizer is None or not self.night.keep_moments:
             self.optimizer = build_optimizer(list(student.parameters()), self.optimizer_config)
-        anchor = self.anchor if self.night.anchor else None
+        night, scarcity = self.night, self.scarcity
+        anchor = self.anchor if night.anchor * scarcity else None
+        teacher = self.anchor if night.hold * scarcity else teacher
+        pull = night.hold * scarcity or night.teacher
+        weights = replace(self.cfg.sleep, teacher=pull, anchor=night.anchor * scarcity)
         order, steps = _passes_over(len(recent_NS), self.random), len(recent_counts)
         average, averaged = None, 0
         for step, number in enumerate(recent_counts.tolist()):
@@ -203,9 +221,10 @@ class CircadianTrainer:
             old = self.memory.draw(self.size - number, self.night.balance)
             rows = np.concatenate([recent_NS[mine], self.memory.tokens_NS[old]]) if len(old) else recent_NS[mine]
             tokens_BS = torch.from_numpy(rows).to(self.device)
+            inputs_BS = self._with_noise(tokens_BS, number, night.noise * scarcity)
             recent_B = torch.arange(len(rows), device=self.device) < number
-            guides = guide_logits(teacher, anchor, tokens_BS, recent_B)
-            loss, _ = sleep_loss(student(tokens_BS[:, :-1]), tokens_BS, recent_B, guides, self.sleep_config)
+            guides = guide_logits(teacher, anchor, inputs_BS, recent_B)
+            loss, _ = sleep_loss(student(inputs_BS[:, :-1]), tokens_BS, recent_B, guides, weights)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), self.optimizer_config.clip or float("inf"))
             for group in self.optimizer.param_groups:
@@ -219,6 +238,16 @@ class CircadianTrainer:
             with torch.no_grad():
                 for parameter, mean in zip(student.parameters(), average, strict=True):
                     parameter.copy_(mean)
+
+    def _with_noise(self, tokens_BS: Tensor, recent: int, share: float) -> Tensor:
+        """What the model reads: random tokens in the place of a share of those of replayed sequences."""
+        if not share:
+            return tokens_BS
+        drawn = self.random.integers(self.material.vocab_size, size=tuple(tokens_BS.shape))
+        chosen = self.random.random(tuple(tokens_BS.shape)) < share
+        chosen[:recent] = False
+        noise = torch.from_numpy(drawn).to(tokens_BS)
+        return torch.where(torch.from_numpy(chosen).to(self.device), noise, tokens_BS)
 
     def _recent_counts(self, steps: int, first: float, last: float) -> np.ndarray:
         """Recent sequences in each step's batch (steps,), from one share to another."""

@@ -37,6 +37,14 @@ class Night:
     """Weight of the awake model's distribution on recent experience."""
     anchor: float = 0.0
     """Weight of the distribution, on old experience, of the model that the last source left behind."""
+    hold: float = 0.0
+    """Weight of that model's distribution on recent experience."""
+    scarce: bool = True
+    """Let the anchor pull only as far as the store forgets: its weights times the share of sequences not held."""
+    noise: float = 0.0
+    """Share of a replayed sequence's inputs that are replaced by random tokens, times the same share."""
+    merge: float = 0.0
+    """Weight of that model's weights in what a source leaves behind, times the same share."""
     average: float = 0.0
     """Share of a round's last steps whose weights are averaged into the candidate; 0: the last weights."""
     gate: bool = True
@@ -54,10 +62,12 @@ class Night:
 
     def __post_init__(self) -> None:
         one_of("wake", self.wake, ("learner", "all", "none"))
+        if self.teacher and self.hold:
+            raise ValueError(f"teacher={self.teacher} and hold={self.hold}: recent experience has one guide; set one to 0")
         at_least("rounds", self.rounds, 1)
         at_least("deep_every", self.deep_every, 0)
         at_least("deep_passes", self.deep_passes, 0)
-        for key in ("recent", "bank", "deep_recent", "teacher", "anchor", "average", "floor", "balance"):
+        for key in ("recent", "bank", "deep_recent", "teacher", "anchor", "hold", "noise", "merge", "average", "floor", "balance"):
             share(key, getattr(self, key))
 
 
