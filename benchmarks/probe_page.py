@@ -11,6 +11,8 @@ from benchmarks.probe_training import Recipe, Run
 from benchmarks.tables import Spread, markdown_table
 from nl_model.memory.config import MemoryConfig
 
+CLEAR = 0.001
+"""Share of right answers by which a model has to lead to be called ahead."""
 HEADER = ("task", "split", "model", "mean % (least .. most)", "per seed", "lr", "steps", "published %")
 RECIPE_HEADER = (
     "task",
@@ -71,14 +73,15 @@ def table(lines: Sequence[Line], tasks: Mapping[str, Task]) -> List[Tuple[str, .
 
 
 def ahead(lines: Sequence[Line], model: str) -> List[str]:
-    """One sentence per task and split where the model's worst seed beats every other model's best."""
+    """One sentence per task and split where the model's worst seed beats every other model's best by `CLEAR`."""
     found = []
     cells: Dict[Tuple[str, str], Dict[str, Spread]] = {}
     for line in lines:
         cells.setdefault((line.task, line.split), {})[line.model] = line.spread
     for (task, split), by_model in cells.items():
         others = {name: spread for name, spread in by_model.items() if name != model}
-        if model in by_model and others and by_model[model].low > max(spread.high for spread in others.values()):
+        best = max((spread.high for spread in others.values()), default=1.0)
+        if model in by_model and by_model[model].low >= best + CLEAR:
             shown = ", ".join(f"{name} {100 * spread.median:.1f}%" for name, spread in others.items())
             found.append(f"{task} ({split}): {model} {100 * by_model[model].median:.1f}%, {shown}")
     return found
@@ -122,7 +125,8 @@ def render(lines: Sequence[Line], tasks: Mapping[str, Task]) -> str:
     models = list(dict.fromkeys(line.model for line in lines))
     if len(models) > 1:
         parts.append(
-            "A model is ahead where its worst seed beats the best seed of the others; medians over seeds are shown."
+            f"A model is ahead where its worst seed beats the best seed of the others by {100 * CLEAR:g} points or more; "
+            "medians over seeds are shown."
         )
         for model in models:
             listed = "\n".join(f"* {line}" for line in ahead(lines, model)) or "Nowhere in these runs."

@@ -81,6 +81,7 @@ class CircadianTrainer:
             self.seen.extend(s for s in self._sources_of(segment) if s not in self.seen)
             days = self._days(len(segment.tokens_NS))
             for day, (first, last) in enumerate(days):
+                self._set_awake_rates(day, len(days))
                 self._wake(segment, first, last)
                 self._nap(segment, first, last, (day, len(days)))
                 kept = segment.tokens_NS[first:last], segment.sources_N[first:last]
@@ -114,6 +115,15 @@ class CircadianTrainer:
             longest = max(self.size, min(longest, self.memory.rows(self.width, RECENT_SHARE)))
         longest = -(-longest // self.size) * self.size
         return [(first, min(rows, first + longest)) for first in range(0, rows, longest)]
+
+    def _set_awake_rates(self, day: int, days: int) -> None:
+        """Step sizes of the awake levels: the configured ones, or these on the schedule of a segment's nights."""
+        if self.levels is None:
+            return
+        scale = self.night.wake_lr * (learning_rate(1.0, day, days) if self.night.wake_cycle else 1.0)
+        for name, optimizer in self.levels.optimizers.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = self.levels.optimizers.configs[name].lr * scale
 
     def _wake(self, segment: Segment, first: int, last: int) -> None:
         T, batch = self.width - 1, self.cfg.wake.batch
@@ -189,15 +199,24 @@ class CircadianTrainer:
             return
         self.credit -= steps * self.step_flops
         self.rounds += 1
+        pending = self._set_gradients_aside()
         student = self.model.requires_grad_(True)
         teacher = frozen_copy(student) if self.night.teacher else None
         span = (place[0] * steps, place[1] * steps)
         self._train(student, recent_NS, self._recent_counts(steps, *shares), teacher, span)
+        for parameter, gradient in pending:
+            parameter.grad = gradient
         self.meter.spend("sleep", steps * self.step_flops)
         if judged:
             self._judge(student)
         elif not self.night.gate:
             _copy_weights(student, self.live)
+
+    def _set_gradients_aside(self) -> List[Tuple[torch.nn.Parameter, Optional[Tensor]]]:
+        """Gradient sums of periods that a sleep cuts through; they wait for the rest of their period."""
+        pending = [(parameter, parameter.grad) for parameter in self.model.parameters()]
+        self.model.zero_grad(set_to_none=True)
+        return pending
 
     def _train(
         self,

@@ -19,6 +19,10 @@ class Night:
 
     wake: str = "learner"
     """Levels written awake: learner (the fast ones), all (every level at one frequency), none."""
+    wake_lr: float = 1.0
+    """Awake step sizes, in multiples of the levels' own."""
+    wake_cycle: bool = False
+    """Let awake step sizes follow the schedule of a source's nights; else they stay."""
     rounds: int = 4
     """Sleeps per source (or per stretch of a stream without boundaries)."""
     recent: float = 0.5
@@ -63,11 +67,26 @@ class Night:
     def __post_init__(self) -> None:
         one_of("wake", self.wake, ("learner", "all", "none"))
         if self.teacher and self.hold:
-            raise ValueError(f"teacher={self.teacher} and hold={self.hold}: recent experience has one guide; set one to 0")
+            raise ValueError(
+                f"teacher={self.teacher} and hold={self.hold}: recent experience has one guide; set one to 0"
+            )
+        at_least("wake_lr", self.wake_lr, 0)
         at_least("rounds", self.rounds, 1)
         at_least("deep_every", self.deep_every, 0)
         at_least("deep_passes", self.deep_passes, 0)
-        for key in ("recent", "bank", "deep_recent", "teacher", "anchor", "hold", "noise", "merge", "average", "floor", "balance"):
+        for key in (
+            "recent",
+            "bank",
+            "deep_recent",
+            "teacher",
+            "anchor",
+            "hold",
+            "noise",
+            "merge",
+            "average",
+            "floor",
+            "balance",
+        ):
             share(key, getattr(self, key))
 
 
@@ -183,6 +202,8 @@ class Options:
     """Step sizes that every method is tuned over, on order A with a seed of its own."""
     tuning_seed: int = 1000
     """Seed of tuning; none of the seeds that are reported."""
+    tuning_share: float = 0.5
+    """Share of every source's bytes (stream.max_source_bytes) that tuning reads."""
     epochs: float = 2.0
     """Total FLOPs, in plain training steps over the whole stream (2: every token twice)."""
     scratch: bool = False
@@ -194,5 +215,6 @@ class Options:
         if len(self.grid) < 1:
             raise ValueError("--grid is empty; give step sizes to tune over")
         at_least("--epochs", self.epochs, 0.5)
+        share("tuning_share", self.tuning_share)
         if self.tuning_seed in self.seeds:
             raise ValueError(f"--seeds {self.seeds} contain the tuning seed {self.tuning_seed}; choose other seeds")

@@ -8,13 +8,12 @@ from typing import Any, Dict, List, Mapping, Tuple
 import numpy as np
 
 from pipelines.compare.config import Options
-from pipelines.compare.runner import Chosen
+from pipelines.compare.runner import OURS, Chosen
 from pipelines.compare.statistics import columns, gap_closed, interval, paired
 
 Results = Mapping[Tuple[str, str, str, int], Mapping[str, Any]]
 SCORES = ("mean_final_bpb", "forgetting", "learning", "online_bpb")
 MEANS = (*SCORES, "base_bpb", "stored_bytes", "learner_step", "seconds")
-OURS = "circadian"
 
 
 def build_outcome(options: Options, chosen: Mapping[str, Chosen], results: Results, command: str) -> Dict[str, Any]:
@@ -29,6 +28,7 @@ def build_outcome(options: Options, chosen: Mapping[str, Chosen], results: Resul
             "grid": list(options.grid),
             "seed": options.tuning_seed,
             "order": "A",
+            "share": options.tuning_share,
             "chosen": {name: {"lr": c.lr, "method": asdict(c.method), "tried": c.tried} for name, c in chosen.items()},
         },
         "regimes": {regime: _regime(options, results, regime) for regime in options.regimes},
@@ -76,7 +76,9 @@ def page(outcome: Mapping[str, Any], title: str) -> str:
         f"Bits per byte, lower is better: means over {len(outcome['seeds'])} seeds x {len(outcome['orders'])} orders "
         f"({', '.join(outcome['orders'])}), {cells} trials per row, with 95 % bootstrap intervals. Every method starts "
         f"from the same {outcome['start']} and spends the FLOPs of {outcome['epochs']:g} plain epochs of the stream; "
-        f"step sizes tuned over {outcome['tuning']['grid']} on order A with a seed of its own, then frozen.",
+        f"step sizes tuned over {outcome['tuning']['grid']} on order A, on the first "
+        f"{outcome['tuning']['share']:.0%} of each source, with a seed of its own, then frozen "
+        f"(ablations take {OURS}'s).",
     ]
     for regime, found in outcome["regimes"].items():
         lines += ["", f"## Store: {_words(regime)}", "", *_table(found)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
@@ -13,6 +13,7 @@ from pipelines.compare.material import Material, load_material
 from pipelines.compare.trial import Key, Workshop
 from pipelines.config import Config
 
+OURS, ABLATION = "circadian", "circadian_"
 WAIT = 2.0
 """Seconds between two looks at a trial that another process is doing."""
 Report = Callable[[str, int, int, Dict[str, Any]], None]
@@ -40,14 +41,19 @@ class Comparison:
 
     def __init__(self, cfg: Config, options: Options, path: Path, report: Report) -> None:
         self.cfg, self.options, self.report = cfg, options, report
-        self.shop = Workshop(path, cfg)
-        self.material: Dict[str, Material] = {}
+        limit = round(cfg.stream.max_source_bytes * options.tuning_share)
+        shorter = replace(cfg, stream=replace(cfg.stream, max_source_bytes=limit))
+        self.shop, self.tuning_shop = Workshop(path, cfg), Workshop(path, shorter)
+        self.material: Dict[Tuple[str, bool], Material] = {}
         self.done = 0
 
     def run(self) -> Tuple[Dict[str, Chosen], Dict[Tuple[str, str, str, int], Dict[str, Any]]]:
         """Tune every method, then run it everywhere; returns choices and results by (regime, method, order, seed)."""
         options = self.options
-        chosen = {name: self.tune(name) for name in options.methods}
+        chosen = {name: self.tune(name) for name in self._tuned()}
+        for name in options.methods:
+            if name not in chosen:  # an ablation changes one thing: the step size stays
+                chosen[name] = Chosen(METHODS[name], chosen[OURS].lr, [])
         results: Dict[Tuple[str, str, str, int], Dict[str, Any]] = {}
         for seed in options.seeds:
             for order in options.orders:
@@ -57,8 +63,17 @@ class Comparison:
                         results[regime, name, order, seed] = self._result(key)
         return chosen, results
 
+    def _tuned(self) -> List[str]:
+        """Methods that are tuned: all but ablations, which take Circadian's step size."""
+        ablations = [name for name in self.options.methods if name.startswith(ABLATION)]
+        others = [name for name in self.options.methods if name not in ablations]
+        return others if not ablations or OURS in others else [OURS, *others]
+
     def tune(self, name: str) -> Chosen:
-        """The best step size on order A with the tuning seed, then the best variant of the method at it."""
+        """The best step size on order A with the tuning seed, then the best variant of the method at it.
+
+        Tuning reads the first part of every source (`Options.tuning_share`).
+        """
         variants = VARIANTS.get(name, {"": METHODS[name]})
         first = next(iter(variants))
         tried: List[Tuple[str, float, float]] = []
@@ -66,7 +81,7 @@ class Comparison:
         def final(variant: str, lr: float) -> float:
             options = self.options
             key = self._key(name, variants[variant], lr, "whole", "A", options.tuning_seed)
-            value = float(self._result(key)["mean_final_bpb"])
+            value = float(self._result(key, tuning=True)["mean_final_bpb"])
             tried.append((variant, lr, value))
             return value
 
@@ -83,23 +98,25 @@ class Comparison:
             regime = "whole"  # nothing is stored, so nothing changes
         return Key(name, method, lr, regime, order, seed, self.options.epochs, self.options.scratch)
 
-    def _result(self, key: Key) -> Dict[str, Any]:
+    def _result(self, key: Key, tuning: bool = False) -> Dict[str, Any]:
+        shop = self.tuning_shop if tuning else self.shop
         while True:
-            if (found := self.shop.read(key)) is not None:
+            if (found := shop.read(key)) is not None:
                 break
-            if self.shop.claim(key):
-                found = self.shop.run(key, self._material(key.order))
+            if shop.claim(key):
+                found = shop.run(key, self._material(key.order, tuning))
                 break
             time.sleep(WAIT)
         self.done += 1
-        what = f"{key.name} {key.regime} {key.order} seed {key.seed} lr {key.lr:g}"
+        what = f"{'tuning ' if tuning else ''}{key.name} {key.regime} {key.order} seed {key.seed} lr {key.lr:g}"
         self.report(what, self.done, self.planned(), found)
         return found
 
-    def _material(self, order: str) -> Material:
-        if order not in self.material:
-            self.material[order] = load_material(self.cfg, order, self.options.scratch)
-        return self.material[order]
+    def _material(self, order: str, tuning: bool = False) -> Material:
+        shop = self.tuning_shop if tuning else self.shop
+        if (order, tuning) not in self.material:
+            self.material[order, tuning] = load_material(shop.cfg, order, self.options.scratch)
+        return self.material[order, tuning]
 
     def parameters(self) -> int:
         """Parameters of the network that all methods train."""
@@ -109,7 +126,7 @@ class Comparison:
     def planned(self) -> int:
         """How many trials the whole comparison has, those done included."""
         options = self.options
-        tuning = sum(len(options.grid) + len(VARIANTS.get(n, {"": 0})) - 1 for n in options.methods)
+        tuning = sum(len(options.grid) + len(VARIANTS.get(n, {"": 0})) - 1 for n in self._tuned())
         return tuning + len(options.methods) * len(options.regimes) * len(options.orders) * len(options.seeds)
 
 

@@ -28,6 +28,11 @@ from pipelines.config import Config
 from pipelines.load_config import config_hash
 from pipelines.sleep import learning_rate
 
+RULES = {"plain": 1, "joint": 1, "circadian": 2}
+"""By family; raised whenever trials of the same settings come out differently than before. Older ones are not read."""
+SHARED, AWAKE = ("model", "levels", "tokenizer", "stream", "base", "sleep"), ("wake", "gate")
+"""Sections of the configuration that decide every trial, and those that decide Circadian's alone."""
+
 
 @dataclass(frozen=True)
 class Key:
@@ -45,8 +50,12 @@ class Key:
     def digest(self, cfg: Config) -> str:
         """Name of the trial's file: a hash over everything that decides its result (the method's name does not)."""
         parts = {k: v for k, v in asdict(self).items() if k != "name"}
-        deciding = [asdict(cfg)[k] for k in ("model", "levels", "tokenizer", "stream", "base", "wake", "sleep", "gate")]
-        return config_hash(parts, deciding)
+        sections = [*SHARED, *AWAKE]
+        if self.method.family != "circadian":
+            parts["method"] = {k: v for k, v in parts["method"].items() if k != "night"}  # of no concern to others
+            sections = [*SHARED]
+        settings = asdict(cfg)
+        return config_hash(RULES[self.method.family], parts, [settings[k] for k in sections])
 
 
 class Workshop:
@@ -103,7 +112,7 @@ class Workshop:
         if scratch or not len(material.base.tokens_NS):
             return {n: p.detach() for n, p in model.named_parameters()}
         text = hashlib.sha256(material.base.tokens_NS.tobytes()).hexdigest()
-        shape = [asdict(cfg)[k] for k in ("model", "levels", "base")]
+        shape = [asdict(cfg)[k] for k in ("model", "levels", "base")] + [asdict(cfg.sleep.optimizer)]
         path = self.path / "bases" / f"{config_hash(shape, text, seed)}.safetensors"
         if not path.exists():
             self._pretrain(model.to(self.device), material, seed)

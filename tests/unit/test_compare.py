@@ -121,6 +121,7 @@ def test_a_comparison_goes_on_where_it_was_cut_off(cfg: Config, tmp_path: Path) 
     def go() -> Any:
         comparison = Comparison(cfg, options, tmp_path, lambda what, *_: seen.append(what))
         comparison.shop = Counted(tmp_path, cfg)
+        comparison.tuning_shop = Counted(tmp_path, comparison.tuning_shop.cfg)
         planned = comparison.planned()
         chosen, results = comparison.run()
         assert comparison.done == planned

@@ -1,0 +1,159 @@
+"""Night after night: what earlier sources lose. `python -m benchmarks.cycles --data DIR [--seeds N] [--json FILE]`.
+
+Circadian lives through a stream with twelve nights and more; after each night every source is scored. The forgetting
+of a source is how much worse it is than it was at best since it was learned; what counts is whether it grows with the
+number of nights. DIR holds NAME/train.txt and NAME/valid.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Sequence, Tuple
+
+import numpy as np
+import torch
+
+from benchmarks.interleave import one_thread
+from benchmarks.results import keep_page
+from benchmarks.tables import Machine, markdown_table
+from nl_model.weights import write_durably
+from pipelines.compare.circadian import CircadianTrainer
+from pipelines.compare.config import CIRCADIAN
+from pipelines.compare.material import Material, load_material, stream_of_folder
+from pipelines.compare.statistics import slope
+from pipelines.compare.trial import Workshop
+from pipelines.load_config import load_config
+from pipelines.probe import Row
+
+ORDERS = ("A", "reverse")
+LR, EPOCHS = 8e-3, 2.0
+"""Peak step size asleep; FLOPs per stream token in plain steps."""
+
+
+class Nightly(CircadianTrainer):
+    """Scores every source after every night."""
+
+    def _nap(self, *args: Any) -> None:
+        super()._nap(*args)
+        self.trace.score(self.model, self.position)
+
+
+@dataclass(frozen=True)
+class Life:
+    """One run: what every source had forgotten after each night, in bits per byte."""
+
+    order: str
+    seed: int
+    nights: int
+    forgotten: Dict[str, List[float]]
+    """By source, from the night after it was learned on; 0 is the best so far."""
+    worst: List[float]
+    """The largest of them after each night."""
+    mean: List[float]
+    """Their mean after each night."""
+    rejected: int
+
+
+def read(rows: Sequence[Row], material: Material) -> Tuple[Dict[str, List[float]], List[float], List[float]]:
+    """Forgetting by source, and its largest and its mean over sources learned already, night by night.
+
+    Rows are the base's and then one per night (a source's last night also has its boundary's row).
+    """
+    T, forgotten = material.cfg.model.context, {}
+    known: List[List[float]] = [[] for _ in rows]
+    for source in material.sources:
+        end = material.ends.get(source, 0)
+        first = next(i for i, row in enumerate(rows) if row.tokens + T >= end)
+        best, series = rows[first].bpb[source], []
+        for i in range(first + 1, len(rows)):
+            series.append(rows[i].bpb[source] - best)
+            known[i].append(series[-1])
+            best = min(best, rows[i].bpb[source])
+        forgotten[source] = series
+    nights = [values for values in known[1:] if values]
+    return forgotten, [max(v) for v in nights], [float(np.mean(v)) for v in nights]
+
+
+def live(material: Material, shop: Workshop, order: str, seed: int) -> Life:
+    """One run through the stream."""
+    torch.manual_seed(seed)
+    weights = shop.base(material, seed, scratch=False)
+    trainer = Nightly(material, CIRCADIAN.night, LR, EPOCHS, float("inf"), seed, weights, shop.device)
+    rows = trainer.run().rows
+    return Life(order, seed, len(rows) - 1, *read(rows, material), trainer.rejected)
+
+
+def summary(lives: Sequence[Life], budget: float) -> Dict[str, Any]:
+    """Slopes per night with 95 % intervals, by order, and the largest forgetting against the gate's budget."""
+    found: Dict[str, Any] = {"budget": budget, "largest": max(max(life.worst) for life in lives)}
+    for order in ORDERS:
+        mine = [life for life in lives if life.order == order]
+        length = min(len(life.mean) for life in mine)
+        mean = np.mean([life.mean[:length] for life in mine], axis=0)
+        worst = np.mean([life.worst[:length] for life in mine], axis=0)
+        found[order] = {"mean": slope(mean.tolist()), "worst": slope(worst.tolist()), "curve": mean.tolist()}
+    found["met"] = found["largest"] <= budget and all(found[order]["mean"]["low"] <= 0 for order in ORDERS)
+    return found
+
+
+def render(lives: Sequence[Life], found: Dict[str, Any], material: Material) -> str:
+    """Markdown: forgetting night by night, and whether it grows."""
+    length = min(len(life.worst) for life in lives)
+    columns = sorted({0, length // 4, length // 2, 3 * length // 4, length - 1})
+    rows = []
+    for life in lives:
+        cells = [f"{life.mean[i]:+.3f} / {life.worst[i]:+.3f}" for i in columns]
+        rows.append([life.order, str(life.seed), str(life.nights), str(life.rejected), *cells])
+    head = ["order", "seed", "scored", "rejected", *(f"night {i + 1}" for i in columns)]
+    lines = [
+        f"Sources {', '.join(material.sources)}; step size {LR:g}. Each cell: mean / largest forgetting over the "
+        "sources learned before, in bits per byte against their best figure so far; negative: better than ever.",
+        markdown_table(head, rows),
+        f"Largest of all: {found['largest']:+.3f}, the gate's budget is {found['budget']:g}.",
+    ]
+    for order in ORDERS:
+        fit = found[order]["mean"]
+        lines.append(
+            f"* order {order}: mean forgetting changes by {fit['slope']:+.4f} per night (95 % {fit['low']:+.4f} .. "
+            f"{fit['high']:+.4f})"
+        )
+    return "\n\n".join(lines)
+
+
+def main() -> None:
+    """Measure, print, and keep."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cycles", description=__doc__)
+    parser.add_argument("--data", required=True, help="folder of NAME/train.txt and NAME/valid.txt")
+    parser.add_argument("--stream", default="play,code_c,law_de", help="sources to learn, in order A")
+    parser.add_argument("--base", default="wiki,math", help="the sources that are known already")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--work", type=Path, help="folder that keeps bases between runs")
+    parser.add_argument("--json", type=Path, help="also write {summary, lives} to this file")
+    args = parser.parse_args()
+    overrides = [*stream_of_folder([f"stream.path={args.data}"]), f"stream.sources=[{args.stream}]"]
+    cfg = load_config("default", [*overrides, f"base.sources=[{args.base}]"], "micro")
+    lives = []
+    with one_thread(), tempfile.TemporaryDirectory() as folder:
+        shop = Workshop(args.work or Path(folder), cfg)
+        for order in ORDERS:
+            material = load_material(cfg, order)
+            for seed in range(args.seeds):
+                lives.append(live(material, shop, order, seed))
+                print(f"order {order}, seed {seed}: {' '.join(f'{x:+.2f}' for x in lives[-1].worst)}", flush=True)
+    found = summary(lives, cfg.gate.max_forgetting)
+    page = render(lives, found, material)
+    print(page)
+    if args.json:
+        payload = {"summary": found, "lives": [asdict(life) for life in lives], "machine": Machine.here().show()}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(args.json, (json.dumps(payload, indent=1) + "\n").encode())
+        command = f"python -m benchmarks.cycles --data DIR --stream {args.stream} --base {args.base}"
+        keep_page(args.json, f"{command} --seeds {args.seeds}", page)
+
+
+if __name__ == "__main__":
+    main()
