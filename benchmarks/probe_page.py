@@ -125,8 +125,8 @@ def render(lines: Sequence[Line], tasks: Mapping[str, Task]) -> str:
     models = list(dict.fromkeys(line.model for line in lines))
     if len(models) > 1:
         parts.append(
-            f"A model is ahead where its worst seed beats the best seed of the others by {100 * CLEAR:g} points or more; "
-            "medians over seeds are shown."
+            f"A model is ahead where its worst seed beats the best seed of the others by {100 * CLEAR:g} points or "
+            "more; medians over seeds are shown."
         )
         for model in models:
             listed = "\n".join(f"* {line}" for line in ahead(lines, model)) or "Nowhere in these runs."
