@@ -104,6 +104,7 @@ def compare(
     regimes: str = typer.Option("whole", help="What may be stored: whole, cap5, cap1 (percent of the stream)."),
     preset: str = typer.Option("micro", help="Sizes: micro (hours on two cores), small or base (GPU), none."),
     grid: str = typer.Option("2e-3,4e-3,8e-3,1.6e-2", help="Step sizes that every method is tuned over."),
+    settings: Optional[Path] = typer.Option(None, help="An earlier outcome whose tuning counts here as well."),
     epochs: float = typer.Option(2.0, help="Total FLOPs, in plain epochs of the stream."),
     scratch: bool = typer.Option(False, help="Start from random weights instead of a base."),
     work: Path = typer.Option(Path("runs/compare"), help="Where finished trials are kept; they are not run again."),
@@ -128,7 +129,7 @@ def compare(
         epochs=epochs,
         scratch=scratch,
     )
-    run_comparison(cfg, options, work, out, Console())
+    run_comparison(cfg, options, work, out, Console(), settings)
 
 
 @app.command()

@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 from rich.console import Console
 
@@ -15,7 +15,7 @@ from nl_model.weights import write_durably
 from pipelines.compare.config import Options
 from pipelines.compare.figures import write_figures
 from pipelines.compare.outcome import build_outcome, page
-from pipelines.compare.runner import Comparison
+from pipelines.compare.runner import Chosen, Comparison, read_chosen
 from pipelines.config import Config
 
 
@@ -32,12 +32,26 @@ def command_line() -> str:
     return shlex.join(["circadian", *sys.argv[1:]])
 
 
-def compare(cfg: Config, options: Options, work: Path, out: Path, console: Console) -> None:
-    """Run what is not done yet, then write `out` (JSON), its page (.md) and its pictures (.png) beside it."""
+def chosen_before(path: Path) -> Dict[str, Chosen]:
+    """Step sizes and variants out of an earlier outcome; ValueError where the file is none."""
+    try:
+        return read_chosen(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--settings {path}: no outcome of `circadian compare` ({error!r})") from None
+
+
+def compare(
+    cfg: Config, options: Options, work: Path, out: Path, console: Console, settings: Optional[Path] = None
+) -> None:
+    """Run what is not done yet, then write `out` (JSON), its page (.md) and its pictures (.png) beside it.
+
+    settings: an earlier outcome; methods that it has tuned keep step size and variant. ValueError where it is none.
+    """
     import torch  # noqa: PLC0415 (seconds that a wrong option should not cost)
 
     torch.set_num_threads(cfg.compute.threads)
     start = time.monotonic()
+    frozen = chosen_before(settings) if settings else {}
 
     def report(what: str, done: int, planned: int, result: Dict[str, Any]) -> None:
         figures = f"mean {result['mean_final_bpb']:.3f} learning {result['learning']:.3f}"
@@ -47,9 +61,10 @@ def compare(cfg: Config, options: Options, work: Path, out: Path, console: Conso
             markup=False,
         )
 
-    comparison = Comparison(cfg, options, work, report)
+    comparison = Comparison(cfg, options, work, report, frozen)
     chosen, results = comparison.run()
     outcome = build_outcome(options, chosen, results, command_line())
+    outcome["tuning"]["taken_from"] = settings.name if settings else None
     outcome["model"] = {"parameters": comparison.parameters(), "context": cfg.model.context, "dim": cfg.model.dim}
     outcome["stream"] = {"sources": cfg.stream.sources, "base": cfg.base.sources, "schedule": cfg.stream.schedule}
     out.parent.mkdir(parents=True, exist_ok=True)

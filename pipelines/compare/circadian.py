@@ -22,6 +22,7 @@ from pipelines.compare.memory import Memory
 from pipelines.compare.meter import Meter
 from pipelines.compare.pulls import frozen_copy
 from pipelines.compare.trace import Trace, fresh_model
+from pipelines.config import Config
 from pipelines.evidence import Evidence, Storage
 from pipelines.gate import check_forgetting, check_loss, decide
 from pipelines.probe import Score, measure
@@ -53,10 +54,10 @@ class CircadianTrainer:
         weights: Dict[str, Tensor],
         device: torch.device,
     ) -> None:
-        cfg = material.cfg
+        cfg = _with_wake_batch(material.cfg, night.wake_batch)
         self.material, self.night, self.lr, self.epochs, self.device = material, night, lr, epochs, device
         self.cfg, self.size, self.width = cfg, cfg.sleep.batch, cfg.model.context + 1
-        self.model = fresh_model(material, weights, device)
+        self.model = fresh_model(material, weights, device, cfg)
         self.meter = Meter.of(cfg, material.vocab_size)
         self.trace = Trace(material, self.meter)
         owned = [n for n, level in cfg.levels.items() if level.owner == "learner" or night.wake == "all"]
@@ -300,6 +301,17 @@ class CircadianTrainer:
         else:
             self.rejected += 1
             _copy_weights(self.live, student)
+
+
+def _with_wake_batch(cfg: Config, batch: int) -> Config:
+    """The configuration with another awake batch, the periods of the learner's levels in proportion."""
+    if not batch:
+        return cfg
+    levels = {
+        name: replace(level, period=level.period * batch // cfg.wake.batch) if level.owner == "learner" else level
+        for name, level in cfg.levels.items()
+    }
+    return replace(cfg, levels=levels, wake=replace(cfg.wake, batch=batch))
 
 
 def _passes_over(rows: int, random: np.random.Generator):  # type: ignore[no-untyped-def]

@@ -21,8 +21,10 @@ class Night:
     """Levels written awake: learner (the fast ones), all (every level at one frequency), none."""
     wake_lr: float = 1.0
     """Awake step sizes, in multiples of the levels' own."""
-    wake_cycle: bool = False
+    wake_cycle: bool = True
     """Let awake step sizes follow the schedule of a source's nights; else they stay."""
+    wake_batch: int = 0
+    """Sequences per awake step, the learner's periods in proportion; 0: as configured (wake.batch)."""
     rounds: int = 4
     """Sleeps per source (or per stretch of a stream without boundaries)."""
     recent: float = 0.5
@@ -71,6 +73,7 @@ class Night:
                 f"teacher={self.teacher} and hold={self.hold}: recent experience has one guide; set one to 0"
             )
         at_least("wake_lr", self.wake_lr, 0)
+        at_least("wake_batch", self.wake_batch, 0)
         at_least("rounds", self.rounds, 1)
         at_least("deep_every", self.deep_every, 0)
         at_least("deep_passes", self.deep_passes, 0)

@@ -76,13 +76,20 @@ def page(outcome: Mapping[str, Any], title: str) -> str:
         f"Bits per byte, lower is better: means over {len(outcome['seeds'])} seeds x {len(outcome['orders'])} orders "
         f"({', '.join(outcome['orders'])}), {cells} trials per row, with 95 % bootstrap intervals. Every method starts "
         f"from the same {outcome['start']} and spends the FLOPs of {outcome['epochs']:g} plain epochs of the stream; "
-        f"step sizes tuned over {outcome['tuning']['grid']} on order A, on the first "
-        f"{outcome['tuning']['share']:.0%} of each source, with a seed of its own, then frozen "
-        f"(ablations take {OURS}'s).",
+        f"{_tuned(outcome['tuning'])} (ablations take {OURS}'s).",
     ]
     for regime, found in outcome["regimes"].items():
         lines += ["", f"## Store: {_words(regime)}", "", *_table(found)]
     return "\n".join(lines) + "\n"
+
+
+def _tuned(tuning: Mapping[str, Any]) -> str:
+    if taken := tuning.get("taken_from"):
+        return f"step sizes and variants are those of {taken}, not tuned again"
+    return (
+        f"step sizes tuned over {tuning['grid']} on order A, on the first {tuning['share']:.0%} of each source, with a "
+        "seed of its own, then frozen"
+    )
 
 
 def _words(regime: str) -> str:

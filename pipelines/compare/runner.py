@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 
 from nl_model.model import NestedLM
-from pipelines.compare.config import METHODS, VARIANTS, Method, Options
+from pipelines.compare.config import METHODS, VARIANTS, Method, Night, Options
 from pipelines.compare.material import Material, load_material
 from pipelines.compare.trial import Key, Workshop
 from pipelines.config import Config
@@ -37,10 +37,13 @@ class Comparison:
         cfg: model, stream and sleep.
         options: what to compare.
         path: folder of trials and bases; several processes may work on the same one.
+        frozen: what an earlier comparison has chosen; these methods are not tuned again.
     """
 
-    def __init__(self, cfg: Config, options: Options, path: Path, report: Report) -> None:
-        self.cfg, self.options, self.report = cfg, options, report
+    def __init__(
+        self, cfg: Config, options: Options, path: Path, report: Report, frozen: Optional[Mapping[str, Chosen]] = None
+    ) -> None:
+        self.cfg, self.options, self.report, self.frozen = cfg, options, report, frozen or {}
         limit = round(cfg.stream.max_source_bytes * options.tuning_share)
         shorter = replace(cfg, stream=replace(cfg.stream, max_source_bytes=limit))
         self.shop, self.tuning_shop = Workshop(path, cfg), Workshop(path, shorter)
@@ -50,7 +53,7 @@ class Comparison:
     def run(self) -> Tuple[Dict[str, Chosen], Dict[Tuple[str, str, str, int], Dict[str, Any]]]:
         """Tune every method, then run it everywhere; returns choices and results by (regime, method, order, seed)."""
         options = self.options
-        chosen = {name: self.tune(name) for name in self._tuned()}
+        chosen = {**self.frozen, **{name: self.tune(name) for name in self._tuned()}}
         for name in options.methods:
             if name not in chosen:  # an ablation changes one thing: the step size stays
                 chosen[name] = Chosen(METHODS[name], chosen[OURS].lr, [])
@@ -61,13 +64,14 @@ class Comparison:
                     for name in options.methods:
                         key = self._key(name, chosen[name].method, chosen[name].lr, regime, order, seed)
                         results[regime, name, order, seed] = self._result(key)
-        return chosen, results
+        return {name: chosen[name] for name in options.methods}, results
 
     def _tuned(self) -> List[str]:
         """Methods that are tuned: all but ablations, which take Circadian's step size."""
         ablations = [name for name in self.options.methods if name.startswith(ABLATION)]
         others = [name for name in self.options.methods if name not in ablations]
-        return others if not ablations or OURS in others else [OURS, *others]
+        wanted = others if not ablations or OURS in others else [OURS, *others]
+        return [name for name in wanted if name not in self.frozen]
 
     def tune(self, name: str) -> Chosen:
         """The best step size on order A with the tuning seed, then the best variant of the method at it.
@@ -128,6 +132,16 @@ class Comparison:
         options = self.options
         tuning = sum(len(options.grid) + len(VARIANTS.get(n, {"": 0})) - 1 for n in self._tuned())
         return tuning + len(options.methods) * len(options.regimes) * len(options.orders) * len(options.seeds)
+
+
+def read_chosen(outcome: Mapping[str, Any]) -> Dict[str, Chosen]:
+    """What the comparison behind an outcome has chosen, ablations left out (they follow Circadian)."""
+    found = {}
+    for name, entry in outcome["tuning"]["chosen"].items():
+        if not name.startswith(ABLATION):
+            settings = {**entry["method"], "night": Night(**entry["method"]["night"])}
+            found[name] = Chosen(Method(**settings), entry["lr"], [tuple(t) for t in entry["tried"]])
+    return found
 
 
 def names(given: str) -> Iterator[str]:

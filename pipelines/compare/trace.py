@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from nl_model.model import NestedLM
 from nl_model.weights import load_into
 from pipelines.compare.material import Material
 from pipelines.compare.meter import Meter
+from pipelines.config import Config
 from pipelines.probe import Row, read_matrix, score
 
 POINTS = 40
@@ -87,9 +88,11 @@ class Trace:
         return [(int((i + 1) * width), float(b / n)) for i, (b, n) in enumerate(zip(*sums, strict=True)) if n]
 
 
-def fresh_model(material: Material, weights: Dict[str, Tensor], device: torch.device) -> NestedLM:
-    """A model with the base's weights, every parameter trainable."""
-    cfg = material.cfg
+def fresh_model(
+    material: Material, weights: Dict[str, Tensor], device: torch.device, cfg: Optional[Config] = None
+) -> NestedLM:
+    """A model with the base's weights, every parameter trainable. `cfg`: with other periods than the material's."""
+    cfg = cfg or material.cfg
     model = NestedLM(cfg.model, cfg.levels, material.vocab_size).to(device)
     load_into(model, weights)
     return model.requires_grad_(True)

@@ -21,8 +21,8 @@ SETTINGS = [
     *("model.dim=24", "model.blocks=2", "model.heads=2", "model.context=32"),
     *("levels.fast.width=24", "levels.medium.width=24", "levels.slow.width=48"),
     *("levels.fast.period=128", "levels.medium.period=256", "levels.slow.period=2048"),
-    *("wake.batch=4", "sleep.batch=4", "base.tokens=40960", "base.batch=8", "base.lr=4e-3"),
-    *("stream.max_source_bytes=6144", "stream.probe_bytes=1024"),
+    *("wake.batch=4", "sleep.batch=4", "base.tokens=24576", "base.batch=8", "base.lr=4e-3"),
+    *("stream.max_source_bytes=3072", "stream.probe_bytes=512"),
     *("base.sources=[before]", f"stream.sources=[{','.join(SOURCES[1:])}]"),
 ]
 
@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         draw = random.Random(number)
         words = ["".join(draw.choices(letters[number * 6 : number * 6 + 6], k=4)) for _ in range(20)]
         (root / name).mkdir()
-        for part, size in (("train", 5600), ("valid", 1200)):
+        for part, size in (("train", 2800), ("valid", 700)):
             lines = (" ".join(draw.choices(words, k=8)) for _ in range(size // 40))
             (root / name / f"{part}.txt").write_text("\n".join(lines))
     return root
