@@ -21,6 +21,10 @@ CHAPTERS = {
     "streaming": "A million tokens in fixed memory",
     "levels": "Five levels against one, two and three",
     "probes": "Memory probes",
+    "compare-s5": "Circadian against its opponents",
+    "compare-tshift": "The same on a soft shift",
+    "transfer": "What a night moves into the slow levels",
+    "cycles": "Night after night",
     "sleep": "Sleep on ranks",
     "gate": "The gate against planted candidates",
 }

@@ -69,7 +69,7 @@ def compare(
     outcome["stream"] = {"sources": cfg.stream.sources, "base": cfg.base.sources, "schedule": cfg.stream.schedule}
     out.parent.mkdir(parents=True, exist_ok=True)
     write_durably(out, json.dumps(outcome, indent=1).encode())
-    text = page(outcome, f"Comparison: {out.stem.removeprefix('compare-')}")
+    text = page(outcome)
     write_durably(out.with_suffix(".md"), text.encode())
     pictures: List[Path] = write_figures(outcome, out)
     console.print(text, markup=False, highlight=False)

@@ -32,7 +32,7 @@ from pipelines.lesson import Lesson
 from pipelines.probe import score
 from pipelines.replan import adjusted
 from pipelines.setting import open_setting
-from pipelines.sleep import RoundBatches, RoundPlan, learning_rate
+from pipelines.sleep import RoundBatches, RoundPlan, learning_rate, merge_weights
 from pipelines.student import expand, folded, receivers_due, student_step_flops
 
 if TYPE_CHECKING:
@@ -175,6 +175,8 @@ class ConsolidationWorker:
             plain, tokens = self._model(), batches.batch(0)[0][:, :-1].to(self.device)
             result.loss["fold"] = folded(plain, trained, expansion, sleep, plan.seed, tokens).divergence or 0.0
             trained = {name: p.detach().cpu() for name, p in plain.named_parameters()}
+        if sleep.merge:
+            trained = merge_weights(trained, weights, sleep.merge)
         forward = forward_flops(cfg.model, cfg.levels, self.setting.tokenizer.vocab_size)
         result.dreams, result.flops = night.record, result.flops + night.passes * forward
         tensors = {f"weight/{n}": t for n, t in trained.items()}
@@ -185,7 +187,8 @@ class ConsolidationWorker:
         load_into(candidate, trained)
         mine, recent = seen[self.rank :: self.world], batches.recent_sources()
         last = batches.batch(max(0, plan.steps - 1), self.rank, self.world)[0].to(self.device)
-        ending = (result.ending, ending_loss(candidate, last, cfg.compute.precision))
+        stored = ending_loss(candidate, last, cfg.compute.precision)
+        ending = (stored if sleep.merge else result.ending, stored)  # averaged weights were never trained at
         result.verdict = self.judge.measure(plan.anchor, candidate, anchor, awake, mine, recent, ending)
         self._finish(states)
         return result

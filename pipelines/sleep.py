@@ -1,7 +1,7 @@
 """Asleep: the student learns recent experience from the teacher, old experience from the anchor, true tokens on both.
 
-The student starts as the awake model at the snapshot; all levels train. Shapes: B sequences, S stored tokens
-(context + 1), T = S - 1 predicted tokens.
+The student starts as the awake model at the snapshot; `sleep.mode` says what trains. Shapes: B sequences, S stored
+tokens (context + 1), T = S - 1 predicted tokens.
 """
 
 from __future__ import annotations
@@ -231,6 +231,11 @@ def sleep_loss(
             total_BT = total_BT.index_put((rows_B,), distillation(nll_BT[rows_B], divergence_BT, weight))
             parts[name] = divergence_BT
     return total_BT.mean(), means(parts)
+
+
+def merge_weights(trained: Mapping[str, Tensor], anchor: Mapping[str, Tensor], weight: float) -> Dict[str, Tensor]:
+    """(1 - weight) * trained + weight * anchor, for every tensor by name; on the devices of what has been trained."""
+    return {name: torch.lerp(new, anchor[name].to(new), weight) for name, new in trained.items()}
 
 
 def means(parts: Mapping[str, Tensor]) -> Dict[str, Tensor]:

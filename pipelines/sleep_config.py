@@ -89,6 +89,9 @@ class SleepConfig:
     """Optimizer of the pool over all levels of the student; lr is the peak of a warmed-up cosine per round."""
     keep_moments: bool = False
     """Start a round with the optimizer's moments of the round that made its anchor, instead of with none."""
+    merge: float = 0.0
+    """Weight of the anchor's weights in the candidate (it is averaged with what has been trained); pays where the store
+    holds little of the past."""
 
     def __post_init__(self) -> None:
         one_of("sleep.mode", self.mode, MODES)
@@ -106,6 +109,7 @@ class SleepConfig:
         share("sleep.source_cap", self.source_cap)
         share("sleep.teacher", self.teacher)
         share("sleep.anchor", self.anchor)
+        share("sleep.merge", self.merge)
         self._check_guides()
         # ZeRO hands an optimizer flat shards; one that looks at whole matrices cannot work with them.
         one_of("sleep.optimizer.name", self.optimizer.name, ("adamw", "sgd"))

@@ -26,7 +26,7 @@ from pipelines.config import Config
 from pipelines.evidence import Evidence, Storage
 from pipelines.gate import check_forgetting, check_loss, decide
 from pipelines.probe import Score, measure
-from pipelines.sleep import guide_logits, learning_rate, sleep_loss
+from pipelines.sleep import guide_logits, learning_rate, merge_weights, sleep_loss
 
 GATES = 4
 """Times per segment that the gate judges."""
@@ -98,10 +98,11 @@ class CircadianTrainer:
 
     @torch.no_grad()
     def _merge(self) -> None:
-        """Move the weights back towards the last boundary's."""
+        """Average the weights with the last boundary's."""
         weight = self.night.merge * self.scarcity
-        for new, old in zip(self.model.parameters(), self.anchor.parameters(), strict=True):
-            new.lerp_(old, weight)
+        new, old = (dict(model.named_parameters()) for model in (self.model, self.anchor))
+        for name, merged in merge_weights(new, old, weight).items():
+            new[name].copy_(merged)
 
     def _sources_of(self, segment: Segment) -> List[str]:
         return [self.material.sources[i] for i in dict.fromkeys(segment.sources_N.tolist())]

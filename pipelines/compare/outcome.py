@@ -65,12 +65,10 @@ def _regime(options: Options, results: Results, regime: str) -> Dict[str, Any]:
     return found
 
 
-def page(outcome: Mapping[str, Any], title: str) -> str:
-    """The outcome as Markdown."""
+def page(outcome: Mapping[str, Any]) -> str:
+    """The outcome as Markdown, for a chapter of its own."""
     cells = len(outcome["seeds"]) * len(outcome["orders"])
     lines = [
-        f"# {title}",
-        "",
         f"Written by `{outcome['command']}`.",
         "",
         f"Bits per byte, lower is better: means over {len(outcome['seeds'])} seeds x {len(outcome['orders'])} orders "
@@ -79,7 +77,7 @@ def page(outcome: Mapping[str, Any], title: str) -> str:
         f"{_tuned(outcome['tuning'])} (ablations take {OURS}'s).",
     ]
     for regime, found in outcome["regimes"].items():
-        lines += ["", f"## Store: {_words(regime)}", "", *_table(found)]
+        lines += ["", f"### Store: {_words(regime)}", "", *_table(found)]
     return "\n".join(lines) + "\n"
 
 

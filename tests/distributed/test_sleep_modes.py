@@ -21,8 +21,9 @@ from pipelines.sleep import RoundPlan
 from pipelines.stream import Sequence as StreamSequence
 
 RANK, STEPS, ROWS = 3, 6, 64
-CASES = [("all", 2), ("dense", 2), ("slots", 2), ("slots", 3)]
-"""Modes and ZeRO stages."""
+MERGED = 0.25
+CASES = [("all", 2, 0.0), ("dense", 2, 0.0), ("slots", 2, 0.0), ("slots", 3, 0.0), ("all", 1, MERGED)]
+"""Modes, ZeRO stages, and sleep.merge."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,9 @@ def work(run_dir: str, plan: RoundPlan, answers: Any) -> None:
     from cluster.consolidator import ConsolidationWorker
 
     state = open_setting(load_config("smoke")).tokenizer.state()
-    for number, (mode, stage) in enumerate(CASES):
+    for number, (mode, stage, merge) in enumerate(CASES):
         keys = [f"sleep.mode={mode}", f"sleep.slot_rank={RANK}", f"pool.zero_stage={stage}", "pool.ranks=1"]
+        keys.append(f"sleep.merge={merge}")
         worker = ConsolidationWorker(load_config("smoke", keys), run_dir, state)
         if number == 0:
             worker.join(0, 1, "127.0.0.1", worker.free_port())
@@ -137,6 +139,14 @@ def test_slots_arrive_as_low_rank_updates(start: Path, made: Dict[str, Made]) ->
         assert abs(made[case].loss["fold"]) < 1e-6
     for name, tensor in made["slots-2"].tensors.items():
         torch.testing.assert_close(made["slots-3"].tensors[name], tensor, rtol=0, atol=1e-4)
+
+
+def test_a_merged_candidate_lies_on_the_way_back_to_the_anchor(start: Path, made: Dict[str, Made]) -> None:
+    before = load_tensors(next((start / "releases" / "000000").glob("*.safetensors")))[0]
+    for name, tensor in made["all-2"].tensors.items():
+        if name.startswith("weight/"):
+            expected = torch.lerp(tensor, before[name], MERGED)
+            torch.testing.assert_close(made["all-1"].tensors[name], expected, rtol=0, atol=1e-4)
 
 
 def test_less_trained_is_less_computed(made: Dict[str, Made]) -> None:

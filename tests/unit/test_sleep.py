@@ -16,7 +16,16 @@ from torch import Tensor
 from nl_model.config import LevelConfig
 from nl_model.model import NestedLM
 from pipelines.experience import ExperienceStore, Record, Snapshot
-from pipelines.sleep import RoundBatches, RoundPlan, guide_logits, learning_rate, mixing, num_steps, sleep_loss
+from pipelines.sleep import (
+    RoundBatches,
+    RoundPlan,
+    guide_logits,
+    learning_rate,
+    merge_weights,
+    mixing,
+    num_steps,
+    sleep_loss,
+)
 from pipelines.sleep_config import SleepConfig
 
 CONTEXT, BASE, STREAMED = 16, 9, 40
@@ -286,3 +295,11 @@ def test_a_student_that_is_its_guides_diverges_from_neither(models: Models, batc
     guides = guide_logits(student, student, tokens, recent)
     _, parts = sleep_loss(student(tokens[:, :-1]), tokens, recent, guides, CFG)
     assert abs(float(parts["teacher"])) < 1e-6 and abs(float(parts["anchor"])) < 1e-6
+
+
+def test_merging_averages_with_the_anchor_and_0_changes_nothing() -> None:
+    new, old = {"a": torch.tensor([1.0, 3.0])}, {"a": torch.tensor([0.0, 1.0]), "unused": torch.zeros(1)}
+    assert merge_weights(new, old, 0.25)["a"].tolist() == [0.75, 2.5]
+    assert torch.equal(merge_weights(new, old, 0.0)["a"], new["a"])
+    with pytest.raises(ValueError, match=r"sleep\.merge=1\.5"):
+        SleepConfig(merge=1.5)
