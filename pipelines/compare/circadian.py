@@ -30,6 +30,9 @@ from pipelines.sleep import guide_logits, learning_rate, merge_weights, sleep_lo
 
 GATES = 4
 """Times per segment that the gate judges."""
+MOST_SCARCE = 0.5
+"""Share of the past that may be lost for a deep sleep to pay: a few steps at a fresh step size, over a store that is
+soon known by heart, cost more than they bring (docs/LOG.md)."""
 RECENT_SHARE = 0.25
 """Share of a bounded memory that holds what was not slept on yet."""
 
@@ -87,10 +90,10 @@ class CircadianTrainer:
                 self._nap(segment, first, last, (day, len(days)))
                 kept = segment.tokens_NS[first:last], segment.sources_N[first:last]
                 self.memory.add(*kept, 1.0 - self._recent_share())
+            self._merge()
             if self._is_deep(number):
                 first = days[-1][0] if self._recent_share() else 0
                 self._deep_sleep(segment.tokens_NS[first:])
-            self._merge()
             _copy_weights(self.model, self.anchor)
             self.trace.score(self.model, self.position)
         self.trace.notes.update(rounds=self.rounds, rejected=self.rejected)
@@ -103,6 +106,7 @@ class CircadianTrainer:
         new, old = (dict(model.named_parameters()) for model in (self.model, self.anchor))
         for name, merged in merge_weights(new, old, weight).items():
             new[name].copy_(merged)
+        _copy_weights(self.model, self.live)
 
     def _sources_of(self, segment: Segment) -> List[str]:
         return [self.material.sources[i] for i in dict.fromkeys(segment.sources_N.tolist())]
@@ -155,8 +159,8 @@ class CircadianTrainer:
     def step_flops(self) -> float:
         """FLOPs of one sleeping step, guides included."""
         night, scarcity = self.night, self.scarcity
-        guided = night.recent * (bool(night.teacher) + bool(night.hold * scarcity))
-        guided += (1 - night.recent) * bool(night.anchor * scarcity)
+        recent = night.recent + (night.recent_scarce - night.recent) * scarcity
+        guided = recent * bool(night.teacher) + (1 - recent) * bool(night.anchor * scarcity)
         return self.size * (self.width - 1) * (self.meter.full + guided * self.meter.forward)
 
     @property
@@ -177,12 +181,14 @@ class CircadianTrainer:
         day: (number of the day in its segment, days of the segment).
         """
         room = self.night.deep_passes * len(self.memory) * (self.width - 1) * self.meter.full - self.banked
-        kept = max(0.0, min(self.credit * self.night.bank, room))
+        bank = self.night.bank if self.scarcity < MOST_SCARCE else 0.0
+        kept = max(0.0, min(self.credit * bank, room))
         self.credit, self.banked = self.credit - kept, self.banked + kept
         night = self.night
         # One schedule of the step size spans a segment's nights, or every night has its own.
         place = day if night.online or night.cycle else (0, 1)
-        self._sleep(segment.tokens_NS[first:last], (night.recent, night.recent_end), place, self._is_judged(day))
+        recent = night.recent + (night.recent_scarce - night.recent) * self.scarcity
+        self._sleep(segment.tokens_NS[first:last], (recent, night.recent_end), place, self._is_judged(day))
 
     def _deep_sleep(self, recent_NS: np.ndarray) -> None:
         """A round over everything, on the FLOPs that nights have kept for it."""
@@ -232,9 +238,7 @@ class CircadianTrainer:
             self.optimizer = build_optimizer(list(student.parameters()), self.optimizer_config)
         night, scarcity = self.night, self.scarcity
         anchor = self.anchor if night.anchor * scarcity else None
-        teacher = self.anchor if night.hold * scarcity else teacher
-        pull = night.hold * scarcity or night.teacher
-        weights = replace(self.cfg.sleep, teacher=pull, anchor=night.anchor * scarcity)
+        weights = replace(self.cfg.sleep, teacher=night.teacher, anchor=night.anchor * scarcity)
         order, steps = _passes_over(len(recent_NS), self.random), len(recent_counts)
         average, averaged = None, 0
         for step, number in enumerate(recent_counts.tolist()):
@@ -242,10 +246,9 @@ class CircadianTrainer:
             old = self.memory.draw(self.size - number, self.night.balance)
             rows = np.concatenate([recent_NS[mine], self.memory.tokens_NS[old]]) if len(old) else recent_NS[mine]
             tokens_BS = torch.from_numpy(rows).to(self.device)
-            inputs_BS = self._with_noise(tokens_BS, number, night.noise * scarcity)
             recent_B = torch.arange(len(rows), device=self.device) < number
-            guides = guide_logits(teacher, anchor, inputs_BS, recent_B)
-            loss, _ = sleep_loss(student(inputs_BS[:, :-1]), tokens_BS, recent_B, guides, weights)
+            guides = guide_logits(teacher, anchor, tokens_BS, recent_B)
+            loss, _ = sleep_loss(student(tokens_BS[:, :-1]), tokens_BS, recent_B, guides, weights)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), self.optimizer_config.clip or float("inf"))
             for group in self.optimizer.param_groups:
@@ -259,16 +262,6 @@ class CircadianTrainer:
             with torch.no_grad():
                 for parameter, mean in zip(student.parameters(), average, strict=True):
                     parameter.copy_(mean)
-
-    def _with_noise(self, tokens_BS: Tensor, recent: int, share: float) -> Tensor:
-        """What the model reads: random tokens in the place of a share of those of replayed sequences."""
-        if not share:
-            return tokens_BS
-        drawn = self.random.integers(self.material.vocab_size, size=tuple(tokens_BS.shape))
-        chosen = self.random.random(tuple(tokens_BS.shape)) < share
-        chosen[:recent] = False
-        noise = torch.from_numpy(drawn).to(tokens_BS)
-        return torch.where(torch.from_numpy(chosen).to(self.device), noise, tokens_BS)
 
     def _recent_counts(self, steps: int, first: float, last: float) -> np.ndarray:
         """Recent sequences in each step's batch (steps,), from one share to another."""

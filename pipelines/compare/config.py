@@ -19,7 +19,7 @@ class Night:
 
     wake: str = "learner"
     """Levels written awake: learner (the fast ones), all (every level at one frequency), none."""
-    wake_lr: float = 1.0
+    wake_lr: float = 0.5
     """Awake step sizes, in multiples of the levels' own."""
     wake_cycle: bool = True
     """Let awake step sizes follow the schedule of a source's nights; else they stay."""
@@ -29,10 +29,12 @@ class Night:
     """Sleeps per source (or per stretch of a stream without boundaries)."""
     recent: float = 0.5
     """Share of recent experience in a sleeping batch; the rest is replayed."""
+    recent_scarce: float = 0.4
+    """The same where the store holds next to nothing of the past; in between in proportion."""
     recent_end: float = -1.0
     """The same at the end of a night, reached linearly; negative: as at its start."""
     bank: float = 0.3
-    """Share of every night's FLOPs that is kept for a deep sleep."""
+    """Share of every night's FLOPs that is kept for a deep sleep, where the store holds most of the past."""
     deep_every: int = 0
     """Sources between two deep sleeps; 0: one, when the stream has ended."""
     deep_passes: float = 1.0
@@ -43,13 +45,9 @@ class Night:
     """Weight of the awake model's distribution on recent experience."""
     anchor: float = 0.0
     """Weight of the distribution, on old experience, of the model that the last source left behind."""
-    hold: float = 0.0
-    """Weight of that model's distribution on recent experience."""
     scarce: bool = True
     """Let the anchor pull only as far as the store forgets: its weights times the share of sequences not held."""
-    noise: float = 0.0
-    """Share of a replayed sequence's inputs that are replaced by random tokens, times the same share."""
-    merge: float = 0.0
+    merge: float = 0.25
     """Weight of that model's weights in what a source leaves behind, times the same share."""
     average: float = 0.0
     """Share of a round's last steps whose weights are averaged into the candidate; 0: the last weights."""
@@ -68,10 +66,6 @@ class Night:
 
     def __post_init__(self) -> None:
         one_of("wake", self.wake, ("learner", "all", "none"))
-        if self.teacher and self.hold:
-            raise ValueError(
-                f"teacher={self.teacher} and hold={self.hold}: recent experience has one guide; set one to 0"
-            )
         at_least("wake_lr", self.wake_lr, 0)
         at_least("wake_batch", self.wake_batch, 0)
         at_least("rounds", self.rounds, 1)
@@ -171,7 +165,9 @@ METHODS: Dict[str, Method] = {
     "circadian_one_night": _night(rounds=1, recent=0.7),
     "circadian_own_schedules": _night(cycle=False),
     "circadian_teacher": _night(teacher=0.3),
-    "circadian_anchor": _night(anchor=0.3),
+    "circadian_anchor": _night(anchor=0.3, scarce=False),
+    "circadian_no_merging": _night(merge=0.0),
+    "circadian_merging": _night(merge=0.15, scarce=False),
     "circadian_balanced": _night(balance=1.0),
     "circadian_averaged": _night(average=0.3),
 }
