@@ -71,19 +71,8 @@ class Night:
         at_least("rounds", self.rounds, 1)
         at_least("deep_every", self.deep_every, 0)
         at_least("deep_passes", self.deep_passes, 0)
-        for key in (
-            "recent",
-            "bank",
-            "deep_recent",
-            "teacher",
-            "anchor",
-            "hold",
-            "noise",
-            "merge",
-            "average",
-            "floor",
-            "balance",
-        ):
+        shares = ("recent", "recent_scarce", "bank", "deep_recent", "teacher", "anchor", "merge", "average")
+        for key in (*shares, "floor", "balance"):
             share(key, getattr(self, key))
 
 
