@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from cluster.cli import app
+from pipelines.compare.circadian import CircadianTrainer
 from pipelines.compare.config import METHODS, REGIMES, Method, Night, Options
 from pipelines.compare.material import Material, load_material, stream_of_folder
 from pipelines.compare.meter import Meter
@@ -157,6 +158,76 @@ def test_the_command_writes_json_page_and_pictures(folder: Path, tmp_path: Path)
     text = out.with_suffix(".md").read_text()
     assert "| **circadian** |" in text and "5 % of the stream's bytes" in text
     assert len(list(tmp_path.glob("compare-toy-*.png"))) == 6
+
+
+def test_settings_of_an_earlier_outcome_are_not_tuned_again(folder: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    common = ["compare", "default", f"stream.path={folder}", *SMALL, "--seeds", "0", "--orders", "A"]
+    common += ["--work", str(tmp_path / "work")]
+    tuned = ["--methods", "naive,joint", "--grid", "1e-3,6e-3", "--out", str(first)]
+    assert CliRunner().invoke(app, [*common, *tuned]).exit_code == 0
+    again = ["--methods", "naive,joint", "--grid", "5e-4", "--out", str(second), "--settings", str(first)]
+    done = CliRunner().invoke(app, [*common, *again])
+    assert done.exit_code == 0 and "tuning" not in done.output, done.output
+    earlier, later = (json.loads(path.read_text()) for path in (first, second))
+    assert later["tuning"]["chosen"] == earlier["tuning"]["chosen"] and later["tuning"]["taken_from"] == "first.json"
+    assert later["regimes"]["whole"]["mean_final_bpb"] == earlier["regimes"]["whole"]["mean_final_bpb"]
+    wrong = CliRunner().invoke(app, [*common, "--settings", str(folder / "alpha" / "train.txt")])
+    assert wrong.exit_code != 0 and "no outcome of `circadian compare`" in str(wrong.exception)
+
+
+def trainer(cfg: Config, material: Material, tmp_path: Path, capacity: float, **night: Any) -> CircadianTrainer:
+    weights = Workshop(tmp_path, cfg).base(material, 0, scratch=False)
+    return CircadianTrainer(material, Night(gate=False, **night), 2e-3, 2.0, capacity, 0, weights, torch.device("cpu"))
+
+
+def test_a_night_does_not_train_on_the_sums_of_a_period_that_it_cuts(
+    cfg: Config, material: Material, tmp_path: Path
+) -> None:
+    """A period is two or four batches; a night after one batch finds gradient sums, and hands them back."""
+    live = trainer(cfg, material, tmp_path, float("inf"))
+    segment, size = material.segments[0], cfg.wake.batch
+    live._wake(segment, 0, size)
+    sums = {n: p.grad.clone() for n, p in live.model.named_parameters() if p.grad is not None}
+    assert sums and all(".fast." in name or ".medium." in name for name in sums), "slow levels rest"
+    largest: List[float] = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def watch(parameters: Any, *rest: Any) -> Any:
+        norm = clip(parameters, *rest)
+        largest.append(float(norm))
+        return norm
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", watch)
+        live._nap(segment, 0, size, (0, 1))
+    assert largest and max(largest) < 50 * min(largest), "a sum over tokens beside means"
+    for name, parameter in live.model.named_parameters():
+        assert (parameter.grad is None) == (name not in sums)
+        assert name not in sums or torch.equal(parameter.grad, sums[name])
+
+
+def test_merging_is_weighted_by_what_the_store_lost(cfg: Config, material: Material, tmp_path: Path) -> None:
+    whole, small = (trainer(cfg, material, tmp_path, capacity, merge=0.5) for capacity in (float("inf"), 2000.0))
+    for live in (whole, small):
+        live.memory.add(material.base.tokens_NS, material.base.sources_N)
+        with torch.no_grad():
+            for parameter in live.model.parameters():
+                parameter.add_(1.0)
+        live._merge()
+    assert whole.scarcity == 0 < small.scarcity < 1
+    for name, anchor in whole.anchor.named_parameters():
+        assert torch.equal(dict(whole.model.named_parameters())[name], anchor + 1.0)
+    for name, anchor in small.anchor.named_parameters():
+        left = dict(small.model.named_parameters())[name] - anchor
+        torch.testing.assert_close(left, torch.full_like(left, 1 - 0.5 * small.scarcity))
+
+
+def test_awake_batches_shrink_with_their_periods(cfg: Config, material: Material, tmp_path: Path) -> None:
+    live = trainer(cfg, material, tmp_path, float("inf"), wake_batch=2)
+    assert live.levels is not None and live.levels.clock.periods == {"fast": 128, "medium": 256}
+    found = trial(Workshop(tmp_path, cfg), material, Method("circadian", night=Night(wake_batch=2)))
+    assert found["learner_step"] <= 0.6
 
 
 @pytest.mark.parametrize(
