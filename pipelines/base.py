@@ -21,7 +21,8 @@ from pipelines.tokens import Tokenizer
 
 def base_sequences(corpus: Corpus, tokenizer: Tokenizer, cfg: Config, sources: List[str]) -> List[Sequence]:
     """All sequences of the base sources, mixed; the same for the same corpus and configuration."""
-    mixed = replace(cfg.stream, schedule="mixed", sources=[])
+    limit = cfg.base.max_source_bytes or cfg.stream.max_source_bytes
+    mixed = replace(cfg.stream, schedule="mixed", sources=[], max_source_bytes=limit)
     stream = Stream(corpus, tokenizer, mixed, cfg.model.context, sources, cfg.run.seed)
     sequences: List[Sequence] = []
     while batch := stream.next_batch(1):

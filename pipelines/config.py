@@ -90,6 +90,8 @@ class BaseConfig:
     """A release directory to start from; empty: pretrain a base on base.sources."""
     sources: List[str] = field(default_factory=list)
     """Sources of the base mixture (also probed, and replayed asleep); empty: the first two of the stream."""
+    max_source_bytes: int = 0
+    """Bytes of each base source that are read; 0: as many as of the stream's."""
     tokens: int = 393216
     """Tokens of base pretraining, over repeated passes of the mixture."""
     batch: int = 4
@@ -98,6 +100,7 @@ class BaseConfig:
     """Peak step size of base pretraining."""
 
     def __post_init__(self) -> None:
+        at_least("base.max_source_bytes", self.max_source_bytes, 0)
         at_least("base.tokens", self.tokens, 0)
         at_least("base.batch", self.batch, 1)
         at_least("base.lr", self.lr, 0)

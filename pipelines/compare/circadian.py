@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nl_model.clock import LevelClock
 from nl_model.model import NestedLM
 from nl_model.online import OnlineLevels
 from nl_model.optim.levelwise import build_optimizer
@@ -28,8 +29,11 @@ from pipelines.gate import check_forgetting, check_loss, decide
 from pipelines.probe import Score, measure
 from pipelines.sleep import guide_logits, learning_rate, merge_weights, sleep_loss
 
-GATES = 4
-"""Times per segment that the gate judges."""
+GATES = 1
+"""Times per segment that the gate judges: when its nights have cooled down. In the middle of a schedule, at the largest
+step size, it throws away nights that would have come right (docs/LOG.md)."""
+GATE_SHARE = 0.1
+"""Share of what may be stored that the gate's held-out text may take; where it is more, there is no gate."""
 MOST_SCARCE = 0.5
 """Share of the past that may be lost for a deep sleep to pay: a few steps at a fresh step size, over a store that is
 soon known by heart, cost more than they bring (docs/LOG.md)."""
@@ -65,21 +69,28 @@ class CircadianTrainer:
         self.trace = Trace(material, self.meter)
         owned = [n for n, level in cfg.levels.items() if level.owner == "learner" or night.wake == "all"]
         self.levels = OnlineLevels(self.model, owned) if night.wake != "none" else None
+        if self.levels is not None and night.wake == "all":
+            periods = self.levels.clock.periods
+            self.levels.clock = LevelClock(dict.fromkeys(periods, min(periods.values())))
         self.wake_flops = {"learner": self.meter.wake, "all": self.meter.full, "none": self.meter.forward}[night.wake]
         self.optimizer_config = replace(cfg.sleep.optimizer, lr=lr)
         self.optimizer: Optional[torch.optim.Optimizer] = None
-        self.memory = Memory(capacity, 0, seed)
+        held_out = sum(probe.tokens[:, 1:].size for probe in material.gate_probes.values())
+        self.gated = night.gate and held_out <= GATE_SHARE * capacity
+        self.held_out = held_out if self.gated and capacity < float("inf") else 0
+        self.memory = Memory(capacity - self.held_out, 0, seed)
         self.live, self.anchor = frozen_copy(self.model), frozen_copy(self.model)
         self.seen: List[str] = list(material.base_sources)
         self.anchor_row: Dict[str, Score] = {}
         self.position, self.credit, self.banked, self.rounds, self.rejected = 0, 0.0, 0.0, 0, 0
+        self.unjudged = False
         self.random = np.random.default_rng([seed, 5])
 
     def run(self) -> Trace:
         """Live through the whole stream; returns the trial's trace."""
         self.trace.score(self.model, 0)
         self.memory.add(self.material.base.tokens_NS, self.material.base.sources_N, 1.0 - self._recent_share())
-        if self.night.gate:
+        if self.gated:
             self.anchor_row = self._gate_scores(self.model)
         for number, segment in enumerate(self.material.segments, start=1):
             self.seen.extend(s for s in self._sources_of(segment) if s not in self.seen)
@@ -102,24 +113,32 @@ class CircadianTrainer:
     @torch.no_grad()
     def _merge(self) -> None:
         """Average the weights with the last boundary's."""
-        weight = self.night.merge * self.scarcity
+        weight = self.night.merge * self.pull
+        if not weight:
+            return
         new, old = (dict(model.named_parameters()) for model in (self.model, self.anchor))
         for name, merged in merge_weights(new, old, weight).items():
             new[name].copy_(merged)
-        _copy_weights(self.model, self.live)
+        if self.gated:  # what it had learned by heart is not what the next candidate stands against
+            self.anchor_row = self._gate_scores(self.model)
+        self.unjudged = False
 
     def _sources_of(self, segment: Segment) -> List[str]:
         return [self.material.sources[i] for i in dict.fromkeys(segment.sources_N.tolist())]
 
     def _recent_share(self) -> float:
-        return 0.0 if self.memory.capacity == float("inf") else RECENT_SHARE
+        """Share of a bounded memory for the present day: one batch at least."""
+        if self.memory.capacity == float("inf"):
+            return 0.0
+        return min(1.0, max(RECENT_SHARE, self.size * (self.width - 1) / self.memory.capacity))
 
     def _days(self, rows: int) -> List[Tuple[int, int]]:
         """The stretches between two sleeps: as configured, shorter where a bounded memory holds no more."""
         longest = self.size if self.night.online else -(-rows // self.night.rounds)
-        if self._recent_share():
-            longest = max(self.size, min(longest, self.memory.rows(self.width, RECENT_SHARE)))
         longest = -(-longest // self.size) * self.size
+        if share := self._recent_share():
+            fitting = self.memory.rows(self.width, share) // self.size * self.size
+            longest = max(self.size, min(longest, fitting))
         return [(first, min(rows, first + longest)) for first in range(0, rows, longest)]
 
     def _set_awake_rates(self, day: int, days: int) -> None:
@@ -147,7 +166,7 @@ class CircadianTrainer:
             self.meter.spend("wake", self.wake_flops * nll_BT.numel())
             self.trace.learner_flops += self.wake_flops * nll_BT.numel()
             self.credit += (self.epochs * self.meter.full - self.wake_flops) * nll_BT.numel()
-        self.trace.holds(self.memory.bytes + (last - first) * T)
+        self.trace.holds(self.memory.bytes + (last - first) * T + self.held_out)
 
     def _train_levels(self) -> None:
         if self.levels is not None:
@@ -155,18 +174,24 @@ class CircadianTrainer:
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(self.model.level_of(name) in names)
 
-    @property
-    def step_flops(self) -> float:
-        """FLOPs of one sleeping step, guides included."""
-        night, scarcity = self.night, self.scarcity
-        recent = night.recent + (night.recent_scarce - night.recent) * scarcity
-        guided = recent * bool(night.teacher) + (1 - recent) * bool(night.anchor * scarcity)
+    def step_flops(self, recent: float) -> float:
+        """FLOPs of one sleeping step with this share of recent experience, guides included."""
+        guided = recent * bool(self.night.teacher) + (1 - recent) * bool(self.night.anchor * self.pull)
         return self.size * (self.width - 1) * (self.meter.full + guided * self.meter.forward)
 
     @property
     def scarcity(self) -> float:
-        """Share of all sequences seen that the memory does not hold (1 where `scarce` is off)."""
-        return 1.0 - len(self.memory) / max(1, self.memory.seen) if self.night.scarce else 1.0
+        """Share of all sequences seen that the memory does not hold."""
+        return 1.0 - len(self.memory) / max(1, self.memory.seen)
+
+    @property
+    def pull(self) -> float:
+        """Factor of what the last boundary's model weighs."""
+        return self.scarcity if self.night.scarce else 1.0
+
+    def _recent(self) -> float:
+        """Share of recent experience in a night's batches."""
+        return self.night.recent + (self.night.recent_scarce - self.night.recent) * self.scarcity
 
     def _is_deep(self, number: int) -> bool:
         """Whether a deep sleep, which spends what was kept for it, follows the segment of this number (from 1)."""
@@ -187,8 +212,8 @@ class CircadianTrainer:
         night = self.night
         # One schedule of the step size spans a segment's nights, or every night has its own.
         place = day if night.online or night.cycle else (0, 1)
-        recent = night.recent + (night.recent_scarce - night.recent) * self.scarcity
-        self._sleep(segment.tokens_NS[first:last], (recent, night.recent_end), place, self._is_judged(day))
+        recent = (self._recent(), night.recent_end)
+        self._sleep(segment.tokens_NS[first:last], recent, place, self._is_judged(day))
 
     def _deep_sleep(self, recent_NS: np.ndarray) -> None:
         """A round over everything, on the FLOPs that nights have kept for it."""
@@ -201,24 +226,27 @@ class CircadianTrainer:
         shares: of recent experience in a batch, at the start and at the end (negative: the same).
         place: (number of the round, rounds) under one schedule of the step size.
         """
-        judged = judged and self.night.gate
-        steps = int((self.credit - self._gate_flops * judged) // self.step_flops)
+        judged = judged and self.gated
+        first, last = shares[0], shares[1] if shares[1] >= 0 else shares[0]
+        price = self.step_flops((first + last) / 2)
+        steps = int((self.credit - self._gate_flops * judged) // price)
         if steps < 1:
             return
-        self.credit -= steps * self.step_flops
+        self.credit -= steps * price
         self.rounds += 1
+        if not self.unjudged:  # what a rejection goes back to: the awake model before the first night not judged yet
+            _copy_weights(self.model, self.live)
+            self.unjudged = True
         pending = self._set_gradients_aside()
         student = self.model.requires_grad_(True)
         teacher = frozen_copy(student) if self.night.teacher else None
         span = (place[0] * steps, place[1] * steps)
-        self._train(student, recent_NS, self._recent_counts(steps, *shares), teacher, span)
+        self._train(student, recent_NS, self._recent_counts(steps, first, last), teacher, span)
         for parameter, gradient in pending:
             parameter.grad = gradient
-        self.meter.spend("sleep", steps * self.step_flops)
+        self.meter.spend("sleep", steps * price)
         if judged:
             self._judge(student)
-        elif not self.night.gate:
-            _copy_weights(student, self.live)
 
     def _set_gradients_aside(self) -> List[Tuple[torch.nn.Parameter, Optional[Tensor]]]:
         """Gradient sums of periods that a sleep cuts through; they wait for the rest of their period."""
@@ -236,9 +264,9 @@ class CircadianTrainer:
     ) -> None:
         if self.optimizer is None or not self.night.keep_moments:
             self.optimizer = build_optimizer(list(student.parameters()), self.optimizer_config)
-        night, scarcity = self.night, self.scarcity
-        anchor = self.anchor if night.anchor * scarcity else None
-        weights = replace(self.cfg.sleep, teacher=night.teacher, anchor=night.anchor * scarcity)
+        pull = self.night.anchor * self.pull
+        anchor = self.anchor if pull else None
+        weights = replace(self.cfg.sleep, teacher=self.night.teacher, anchor=pull)
         order, steps = _passes_over(len(recent_NS), self.random), len(recent_counts)
         average, averaged = None, 0
         for step, number in enumerate(recent_counts.tolist()):
@@ -265,7 +293,6 @@ class CircadianTrainer:
 
     def _recent_counts(self, steps: int, first: float, last: float) -> np.ndarray:
         """Recent sequences in each step's batch (steps,), from one share to another."""
-        last = last if last >= 0 else first
         if not len(self.memory):
             first = last = 1.0
         wanted = np.cumsum(self.size * np.linspace(first, last, steps))
@@ -288,12 +315,13 @@ class CircadianTrainer:
     def _judge(self, student: NestedLM) -> None:
         """Let a candidate go live, or go back to the live model; probes are not those that methods are judged on."""
         found = self._gate_scores(student)
+        self.unjudged = False
         evidence = Evidence(found, self.anchor_row, found, self.seen, [], Storage("", [], [], {}))
         if decide(evidence, self.cfg.gate, (check_loss, check_forgetting)).promoted:
             self.anchor_row = found
-            _copy_weights(student, self.live)
         else:
             self.rejected += 1
+            self.optimizer = None  # moments of a candidate that may have diverged
             _copy_weights(self.live, student)
 
 

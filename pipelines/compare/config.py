@@ -52,7 +52,8 @@ class Night:
     average: float = 0.0
     """Share of a round's last steps whose weights are averaged into the candidate; 0: the last weights."""
     gate: bool = True
-    """Judge candidates; a rejected one is thrown away, its FLOPs are spent."""
+    """Judge candidates, where the text for it fits into a tenth of the store; a rejected one is thrown away, its FLOPs
+    are spent."""
     online: bool = False
     """Spend the sleeping FLOPs on plain replay between wake steps, without nights."""
     cycle: bool = True
@@ -119,8 +120,8 @@ class Method:
 
     @property
     def keeps_data(self) -> bool:
-        """Whether the method holds text of the stream, so that a bound on stored bytes changes it."""
-        return self.family == "circadian" or self.replay > 0
+        """Whether a bound on stored bytes changes the method: it replays, or reads the same text more than once."""
+        return self.family != "joint"
 
 
 REPLAY = Method(replay=0.5)
@@ -139,6 +140,7 @@ METHODS: Dict[str, Method] = {
     "replay_25": replace(REPLAY, replay=0.25),
     "replay_50": REPLAY,
     "replay_tuned": replace(REPLAY, replay=0.65),
+    "replay_merged": replace(REPLAY, merge=0.25),
     "der": replace(REPLAY, der=0.3),
     "ewc": Method(ewc=1e-3),
     "lwf": Method(lwf=0.3),
@@ -149,9 +151,9 @@ METHODS: Dict[str, Method] = {
     "sleep_as_replay": _night(online=True, bank=0.0),
     "circadian_no_wake": _night(wake="none"),
     "circadian_no_gate": _night(gate=False),
-    "circadian_no_replay": _night(recent=1.0, deep_recent=1.0),
+    "circadian_no_replay": _night(recent=1.0, recent_scarce=1.0, deep_recent=1.0),
     "circadian_no_deep_sleep": _night(bank=0.0),
-    "circadian_one_night": _night(rounds=1, recent=0.7),
+    "circadian_one_night": _night(rounds=1, recent=0.7, recent_scarce=0.7),
     "circadian_own_schedules": _night(cycle=False),
     "circadian_teacher": _night(teacher=0.3),
     "circadian_anchor": _night(anchor=0.3, scarce=False),
@@ -164,14 +166,19 @@ METHODS: Dict[str, Method] = {
 VARIANTS: Dict[str, Dict[str, Method]] = {
     "naive": {"rewarm": Method(), "constant": Method(schedule="constant")},
     "replay_tuned": {f"{rate:.0%}": replace(REPLAY, replay=rate) for rate in (0.65, 0.4, 0.8)},
-    "der": {f"{weight:g}": replace(REPLAY, der=weight) for weight in (0.3, 0.1, 0.6)},
+    "replay_merged": {f"{weight:g}": replace(REPLAY, merge=weight) for weight in (0.25, 0.1)},
+    "der": {f"{weight:g}": replace(REPLAY, der=weight) for weight in (0.3, 0.1, 0.03)},
     "ewc": {f"{strength:g}": Method(ewc=strength) for strength in (1e-3, 1e-4, 1e-2)},
-    "lwf": {f"{weight:g}": Method(lwf=weight) for weight in (0.3, 0.1, 0.6)},
+    "lwf": {f"{weight:g}": Method(lwf=weight) for weight in (0.3, 0.6, 0.85)},
     "ema": {"ema 0.998": Method(ema=0.998), "ema 0.9995": Method(ema=0.9995), "merge": Method(merge=0.5)},
     "mer": {f"{step:g}": replace(REPLAY, reptile=step) for step in (0.7, 0.3)},
     "lora": {f"rank {rank}": Method(lora=rank) for rank in (16, 64)},
 }
 """Settings that tuning tries at a method's best step size; step sizes are tried with the first."""
+
+
+EXTRA_RATES = 2
+"""Step sizes beyond the grid."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +194,8 @@ class Options:
     regimes: Tuple[str, ...] = ("whole",)
     """Names out of `REGIMES`."""
     grid: Tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2)
-    """Step sizes that every method is tuned over, on order A with a seed of its own."""
+    """Step sizes that every method is tuned over, on order A with a seed of its own; where the best one is at an edge,
+    twice or half of it is tried as well, `EXTRA_RATES` times at most."""
     tuning_seed: int = 1000
     """Seed of tuning; none of the seeds that are reported."""
     tuning_share: float = 0.5

@@ -9,8 +9,8 @@ from typing import Optional, Tuple
 
 import numpy as np
 
-TOP_BYTES = 3
-"""Bytes of one kept log-probability: a float16, and an id of one byte (two where the vocabulary needs it)."""
+TOP_BYTES = 4
+"""Bytes of one kept log-probability: a float16 and an id of two bytes."""
 
 
 class Memory:

@@ -9,7 +9,7 @@ Shapes: B sequences, T predicted tokens, S = T + 1, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Set, Tuple
 
 import numpy as np
 import torch
@@ -92,6 +92,10 @@ class PlainTrainer:
         self.boundary = frozen_copy(self.model) if method.merge else None
         self.outer = [p.detach().clone() for p in self.model.parameters()] if method.reptile else []
         self.steps_done, self.credit, self.position = 0, 0.0, 0
+        self.replay = method.replay
+        """Share of replayed sequences at present: none while nothing is stored."""
+        self.unpaid: Set[bytes] = set()
+        """Sequences of the base whose log-probabilities have not been computed yet."""
         self.kept: Dict[int, Tuple[np.ndarray, np.ndarray]] = {}
         self.seen_segment: Optional[Segment] = None
         self.visited = np.zeros(0, bool)
@@ -104,8 +108,10 @@ class PlainTrainer:
         """FLOPs of one step, everything that belongs to it included."""
         tokens, meter, method = self.size * (self.width - 1), self.meter, self.method
         full = float(meter.full)
-        if method.lora:  # no gradient of the resting weights, which cost what a forward pass does
-            full -= meter.forward * 0.9
+        if method.lora:  # resting weights want no gradient; adapters have two products forward and four backward
+            shapes = [a.inner.weight.shape for a in self.adapters]
+            full -= sum(2 * out * size for out, size in shapes) + 2 * self.model.head.weight.numel()
+            full += sum(6 * method.lora * (out + size) for out, size in shapes)
         full += meter.forward if method.lwf else 0.0
         return tokens * full
 
@@ -115,6 +121,8 @@ class PlainTrainer:
         if self.method.replay:
             base = self.material.base
             self._store(base.tokens_NS, base.sources_N, 1.0 - self._window_share)
+        if self.elastic is not None and len(self.material.base.tokens_NS):
+            self._weigh(self.material.base)
         for segment in self.material.segments:
             self._learn(segment)
             self._boundary(segment)
@@ -123,10 +131,11 @@ class PlainTrainer:
 
     def _learn(self, segment: Segment) -> None:
         rows, T = len(segment.tokens_NS), self.width - 1
+        self.replay = self.method.replay if len(self.memory) else 0.0
         self.credit += self.epochs * self.meter.full * rows * T
         steps = max(0, int(self.credit // self.step_flops))
         self.credit -= steps * self.step_flops
-        counts = _new_counts(steps, self.size, self.method.replay)
+        counts = _new_counts(steps, self.size, self.replay)
         window = self._window(rows)
         step = 0
         for first in range(0, rows, window):
@@ -143,14 +152,16 @@ class PlainTrainer:
     def _passes_again(self) -> bool:
         """Whether new text is read more than once, and so has to be held for a while."""
         tokens = self.size * (self.width - 1)
-        return self.epochs * self.meter.full * (1 - self.method.replay) * tokens / self.step_flops > 1 + 1e-9
+        return self.epochs * self.meter.full * (1 - self.replay) * tokens / self.step_flops > 1 + 1e-9
 
     @property
     def _window_share(self) -> float:
         """Share of a bounded capacity that the present stretch takes."""
         if not self._passes_again or self.memory.capacity == float("inf"):
             return 0.0
-        return WINDOW_SHARE if self.method.replay else 1.0
+        if not self.method.replay:
+            return 1.0
+        return min(1.0, max(WINDOW_SHARE, self.size * (self.width - 1) / self.memory.capacity))
 
     def _window(self, rows: int) -> int:
         """Sequences of the present stretch to hold at a time."""
@@ -163,6 +174,7 @@ class PlainTrainer:
         tokens = segment.tokens_NS[places]
         if number and len(self.memory):
             old = self.memory.draw(number, self.method.balance)
+            self._pay(old)
             tokens = np.concatenate([tokens, self.memory.tokens_NS[old]])
         return Batch(torch.from_numpy(tokens).to(self.device), len(places), places, old)
 
@@ -245,16 +257,24 @@ class PlainTrainer:
 
     @torch.no_grad()
     def _kept_of(self, tokens_NS: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
-        """Log-probabilities of the base on its own text, counted as FLOPs."""
+        """Log-probabilities of the base on its own text; their FLOPs count once they are used."""
         parts = []
         for start in range(0, len(tokens_NS), 32):
             tokens = torch.from_numpy(tokens_NS[start : start + 32]).to(self.device)
             parts.append(keep_top(self.model(tokens[:, :-1]), self.method.der_top))
-        flops = float(self.meter.forward * tokens_NS.shape[0] * (self.width - 1))
-        self.meter.spend("stored", flops)
-        self.credit -= flops
+        self.unpaid = {row.tobytes() for row in tokens_NS}
         ids, logs = (torch.cat([p[i] for p in parts]).cpu().numpy() for i in (0, 1))
         return ids, logs
+
+    def _pay(self, old: np.ndarray) -> None:
+        """Count the FLOPs of the base's log-probabilities that are drawn for the first time."""
+        if not self.unpaid:
+            return
+        fresh = {row.tobytes() for row in self.memory.tokens_NS[old]} & self.unpaid
+        self.unpaid -= fresh
+        flops = float(self.meter.forward * len(fresh) * (self.width - 1))
+        self.meter.spend("stored", flops)
+        self.credit -= flops
 
     def _outer_step(self) -> None:
         with torch.no_grad():
@@ -262,13 +282,18 @@ class PlainTrainer:
                 outer.lerp_(parameter, self.method.reptile)
                 parameter.copy_(outer)
 
+    def _weigh(self, segment: Segment) -> None:
+        """Measure what each weight is worth to a segment (EWC)."""
+        assert self.elastic is not None
+        chosen = np.linspace(0, len(segment.tokens_NS) - 1, FISHER_SEQUENCES).astype(int)
+        tokens = self.elastic.boundary([torch.from_numpy(segment.tokens_NS[i]).to(self.device) for i in chosen])
+        self.meter.spend("fisher", tokens * self.meter.full)
+        self.credit -= tokens * self.meter.full
+
     def _boundary(self, segment: Segment) -> None:
         method = self.method
         if self.elastic is not None and segment is not self.material.segments[-1]:
-            chosen = np.linspace(0, len(segment.tokens_NS) - 1, FISHER_SEQUENCES).astype(int)
-            tokens = self.elastic.boundary([torch.from_numpy(segment.tokens_NS[i]).to(self.device) for i in chosen])
-            self.meter.spend("fisher", tokens * self.meter.full)
-            self.credit -= tokens * self.meter.full
+            self._weigh(segment)
         for adapter in self.adapters:
             adapter.merge()
             adapter.restart(self.generator)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 
 from nl_model.model import NestedLM
-from pipelines.compare.config import METHODS, VARIANTS, Method, Night, Options
+from pipelines.compare.config import EXTRA_RATES, METHODS, VARIANTS, Method, Options
 from pipelines.compare.material import Material, load_material
 from pipelines.compare.trial import Key, Workshop
 from pipelines.config import Config
@@ -48,7 +49,7 @@ class Comparison:
         shorter = replace(cfg, stream=replace(cfg.stream, max_source_bytes=limit))
         self.shop, self.tuning_shop = Workshop(path, cfg), Workshop(path, shorter)
         self.material: Dict[Tuple[str, bool], Material] = {}
-        self.done = 0
+        self.done, self.extra = 0, 0
 
     def run(self) -> Tuple[Dict[str, Chosen], Dict[Tuple[str, str, str, int], Dict[str, Any]]]:
         """Tune every method, then run it everywhere; returns choices and results by (regime, method, order, seed)."""
@@ -86,11 +87,19 @@ class Comparison:
             options = self.options
             key = self._key(name, variants[variant], lr, "whole", "A", options.tuning_seed)
             value = float(self._result(key, tuning=True)["mean_final_bpb"])
-            tried.append((variant, lr, value))
-            return value
+            tried.append((variant, lr, value if math.isfinite(value) else math.inf))
+            return tried[-1][2]
 
-        lr = min(self.options.grid, key=lambda rate: final(first, rate))
-        best = min(tried, key=lambda entry: entry[2])[2]
+        found = {rate: final(first, rate) for rate in self.options.grid}
+        for _ in range(EXTRA_RATES):
+            lr = min(found, key=lambda rate: found[rate])
+            beyond = {min(found): lr / 2, max(found): lr * 2}.get(lr)
+            if beyond is None or len(self.options.grid) == 1:
+                break
+            self.extra += 1
+            found[beyond] = final(first, beyond)
+        lr = min(found, key=lambda rate: found[rate])
+        best = found[lr]
         winner = first
         for variant in list(variants)[1:]:
             if (value := final(variant, lr)) < best:
@@ -128,19 +137,25 @@ class Comparison:
         return sum(p.numel() for p in NestedLM(self.cfg.model, self.cfg.levels, vocab).parameters())
 
     def planned(self) -> int:
-        """How many trials the whole comparison has, those done included."""
+        """How many trials the whole comparison has, as far as tuning knows, those done included."""
         options = self.options
         tuning = sum(len(options.grid) + len(VARIANTS.get(n, {"": 0})) - 1 for n in self._tuned())
-        return tuning + len(options.methods) * len(options.regimes) * len(options.orders) * len(options.seeds)
+        return (
+            tuning + self.extra + len(options.methods) * len(options.regimes) * len(options.orders) * len(options.seeds)
+        )
 
 
 def read_chosen(outcome: Mapping[str, Any]) -> Dict[str, Chosen]:
-    """What the comparison behind an outcome has chosen, ablations left out (they follow Circadian)."""
+    """What the comparison behind an outcome has chosen, ablations left out (they follow Circadian).
+
+    Circadian's own family has no variants to choose from: its settings are those of `METHODS`.
+    """
     found = {}
     for name, entry in outcome["tuning"]["chosen"].items():
         if not name.startswith(ABLATION):
-            settings = {**entry["method"], "night": Night(**entry["method"]["night"])}
-            found[name] = Chosen(Method(**settings), entry["lr"], [tuple(t) for t in entry["tried"]])
+            settings = {key: value for key, value in entry["method"].items() if key != "night"}
+            method = METHODS[name] if settings["family"] == "circadian" else Method(**settings)
+            found[name] = Chosen(method, entry["lr"], [tuple(t) for t in entry["tried"]])
     return found
 
 

@@ -28,7 +28,7 @@ from pipelines.config import Config
 from pipelines.load_config import config_hash
 from pipelines.sleep import learning_rate
 
-RULES = {"plain": 1, "joint": 1, "circadian": 2}
+RULES = {"plain": 2, "joint": 1, "circadian": 3}
 """By family; raised whenever trials of the same settings come out differently than before. Older ones are not read."""
 SHARED, AWAKE = ("model", "levels", "tokenizer", "stream", "base", "sleep"), ("wake", "gate")
 """Sections of the configuration that decide every trial, and those that decide Circadian's alone."""
