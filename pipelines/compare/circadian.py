@@ -189,10 +189,6 @@ class CircadianTrainer:
         """Factor of what the last boundary's model weighs."""
         return self.scarcity if self.night.scarce else 1.0
 
-    def _recent(self) -> float:
-        """Share of recent experience in a night's batches."""
-        return self.night.recent + (self.night.recent_scarce - self.night.recent) * self.scarcity
-
     def _is_deep(self, number: int) -> bool:
         """Whether a deep sleep, which spends what was kept for it, follows the segment of this number (from 1)."""
         if not self.night.bank:
@@ -212,8 +208,8 @@ class CircadianTrainer:
         night = self.night
         # One schedule of the step size spans a segment's nights, or every night has its own.
         place = day if night.online or night.cycle else (0, 1)
-        recent = (self._recent(), night.recent_end)
-        self._sleep(segment.tokens_NS[first:last], recent, place, self._is_judged(day))
+        shares = (night.recent, night.recent_end)
+        self._sleep(segment.tokens_NS[first:last], shares, place, self._is_judged(day))
 
     def _deep_sleep(self, recent_NS: np.ndarray) -> None:
         """A round over everything, on the FLOPs that nights have kept for it."""

@@ -27,10 +27,8 @@ class Night:
     """Sequences per awake step, the learner's periods in proportion; 0: as configured (wake.batch)."""
     rounds: int = 4
     """Sleeps per source (or per stretch of a stream without boundaries)."""
-    recent: float = 0.5
+    recent: float = 0.4
     """Share of recent experience in a sleeping batch; the rest is replayed."""
-    recent_scarce: float = 0.4
-    """The same where the store holds next to nothing of the past; in between in proportion."""
     recent_end: float = -1.0
     """The same at the end of a night, reached linearly; negative: as at its start."""
     bank: float = 0.3
@@ -39,7 +37,7 @@ class Night:
     """Sources between two deep sleeps; 0: one, when the stream has ended."""
     deep_passes: float = 1.0
     """Most FLOPs kept for it, in passes over what is stored: a small store is soon known by heart."""
-    deep_recent: float = 0.35
+    deep_recent: float = 0.3
     """Share of recent experience in a deep sleep."""
     teacher: float = 0.0
     """Weight of the awake model's distribution on recent experience."""
@@ -47,7 +45,7 @@ class Night:
     """Weight of the distribution, on old experience, of the model that the last source left behind."""
     scarce: bool = True
     """Let the anchor pull only as far as the store forgets: its weights times the share of sequences not held."""
-    merge: float = 0.25
+    merge: float = 0.3
     """Weight of that model's weights in what a source leaves behind, times the same share."""
     average: float = 0.0
     """Share of a round's last steps whose weights are averaged into the candidate; 0: the last weights."""
@@ -62,7 +60,7 @@ class Night:
     """Carry the optimizer's moments from round to round."""
     floor: float = 0.05
     """Where the cosine of a round ends, as a share of its peak."""
-    balance: float = 0.0
+    balance: float = 0.5
     """0: replay every stored sequence equally often. 1: every source equally often."""
 
     def __post_init__(self) -> None:
@@ -72,7 +70,7 @@ class Night:
         at_least("rounds", self.rounds, 1)
         at_least("deep_every", self.deep_every, 0)
         at_least("deep_passes", self.deep_passes, 0)
-        shares = ("recent", "recent_scarce", "bank", "deep_recent", "teacher", "anchor", "merge", "average")
+        shares = ("recent", "bank", "deep_recent", "teacher", "anchor", "merge", "average")
         for key in (*shares, "floor", "balance"):
             share(key, getattr(self, key))
 
@@ -141,6 +139,7 @@ METHODS: Dict[str, Method] = {
     "replay_50": REPLAY,
     "replay_tuned": replace(REPLAY, replay=0.65),
     "replay_merged": replace(REPLAY, merge=0.25),
+    "replay_balanced": replace(REPLAY, balance=0.5),
     "der": replace(REPLAY, der=0.3),
     "ewc": Method(ewc=1e-3),
     "lwf": Method(lwf=0.3),
@@ -151,15 +150,15 @@ METHODS: Dict[str, Method] = {
     "sleep_as_replay": _night(online=True, bank=0.0),
     "circadian_no_wake": _night(wake="none"),
     "circadian_no_gate": _night(gate=False),
-    "circadian_no_replay": _night(recent=1.0, recent_scarce=1.0, deep_recent=1.0),
+    "circadian_no_replay": _night(recent=1.0, deep_recent=1.0),
     "circadian_no_deep_sleep": _night(bank=0.0),
-    "circadian_one_night": _night(rounds=1, recent=0.7, recent_scarce=0.7),
+    "circadian_one_night": _night(rounds=1, recent=0.7),
     "circadian_own_schedules": _night(cycle=False),
     "circadian_teacher": _night(teacher=0.3),
     "circadian_anchor": _night(anchor=0.3, scarce=False),
     "circadian_no_merging": _night(merge=0.0),
     "circadian_merging": _night(merge=0.15, scarce=False),
-    "circadian_balanced": _night(balance=1.0),
+    "circadian_unbalanced": _night(balance=0.0),
     "circadian_averaged": _night(average=0.3),
 }
 """The methods by name; circadian_* change one setting of circadian."""
@@ -167,6 +166,7 @@ VARIANTS: Dict[str, Dict[str, Method]] = {
     "naive": {"rewarm": Method(), "constant": Method(schedule="constant")},
     "replay_tuned": {f"{rate:.0%}": replace(REPLAY, replay=rate) for rate in (0.65, 0.4, 0.8)},
     "replay_merged": {f"{weight:g}": replace(REPLAY, merge=weight) for weight in (0.25, 0.1)},
+    "replay_balanced": {f"{power:g}": replace(REPLAY, balance=power) for power in (0.5, 1.0)},
     "der": {f"{weight:g}": replace(REPLAY, der=weight) for weight in (0.3, 0.1, 0.03)},
     "ewc": {f"{strength:g}": Method(ewc=strength) for strength in (1e-3, 1e-4, 1e-2)},
     "lwf": {f"{weight:g}": Method(lwf=weight) for weight in (0.3, 0.6, 0.85)},

@@ -133,7 +133,8 @@ class PlainTrainer:
         rows, T = len(segment.tokens_NS), self.width - 1
         self.replay = self.method.replay if len(self.memory) else 0.0
         self.credit += self.epochs * self.meter.full * rows * T
-        steps = max(0, int(self.credit // self.step_flops))
+        steps = int(self.credit // self.step_flops)
+        steps = max(0, int((self.credit - self._expected_pay(steps)) // self.step_flops))
         self.credit -= steps * self.step_flops
         counts = _new_counts(steps, self.size, self.replay)
         window = self._window(rows)
@@ -275,6 +276,13 @@ class PlainTrainer:
         flops = float(self.meter.forward * len(fresh) * (self.width - 1))
         self.meter.spend("stored", flops)
         self.credit -= flops
+
+    def _expected_pay(self, steps: int) -> float:
+        """FLOPs that `_pay` is going to count over so many steps, on average."""
+        if not self.unpaid:
+            return 0.0
+        missed = (1.0 - 1.0 / len(self.memory)) ** (steps * self.size * self.replay)
+        return float(self.meter.forward * len(self.unpaid) * (1.0 - missed) * (self.width - 1))
 
     def _outer_step(self) -> None:
         with torch.no_grad():
