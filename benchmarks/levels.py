@@ -37,7 +37,7 @@ HIDDEN = 480
 """Hidden units of all fast levels of a block together; divisible by every count of levels."""
 PERIODS = {1: (2048,), 2: (2048, 32768), 3: (2048, 8192, 32768), 5: (2048, 4096, 8192, 16384, 32768)}
 RATES = (1e-3, 3e-3)
-PICTURE = "results/levels.png"
+PICTURE = "levels.png"
 OVERRIDES = ("stream.max_source_bytes=65536", "base.tokens=262144")
 
 

@@ -135,10 +135,12 @@ def render_model(figures: Mapping[str, Any]) -> str:
     for name, ratio in figures["ratios"].items():
         sign = "at most" if name == "wake_peak_memory" else "at least"
         rows.append([f"`{name}`", f"{ratio:.2f}", f"{sign} {required[name]:g}" if name in required else ""])
-    table = markdown_table(
-        ["against a plain transformer of as many parameters, trained in full", "ratio", "meant"], rows
+    table = markdown_table(["tokens per CPU-second by a plain transformer's, trained in full", "ratio", "meant"], rows)
+    return (
+        f"{table}\n\nThe transformer has as many parameters as our models; other packages' have theirs. Spread and "
+        "sizes: benchmarks/results/model.md. Made by `python -m benchmarks.model --peers --json "
+        "benchmarks/results/model.json`."
     )
-    return f"{table}\n\nMade by `python -m benchmarks.model --json benchmarks/results/model.json`."
 
 
 def filled(readme: str, kept: Mapping[str, Any], results: str, model: Mapping[str, Any] | None = None) -> str:

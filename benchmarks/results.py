@@ -115,7 +115,8 @@ def chapters(folder: Path) -> list[str]:
     for name, title in CHAPTERS.items():
         page = folder / f"{name}.md"
         if page.is_file():
-            parts += [f"## {title}", page.read_text(encoding="utf-8").strip()]
+            text = page.read_text(encoding="utf-8").strip().replace("](", f"]({folder.name}/")  # links are the page's
+            parts += [f"## {title}", text]
     return parts
 
 

@@ -103,7 +103,7 @@ def compare(
     orders: str = typer.Option("A,reverse", help="A (as configured), reverse, random-N."),
     regimes: str = typer.Option("whole", help="What may be stored: whole, cap5, cap1 (percent of the stream)."),
     preset: str = typer.Option("micro", help="Sizes: micro (hours on two cores), small or base (GPU), none."),
-    grid: str = typer.Option("2e-3,4e-3,8e-3,1.6e-2", help="Step sizes that every method is tuned over."),
+    grid: str = typer.Option("1e-3,2e-3,4e-3,8e-3", help="Step sizes that every method is tuned over."),
     settings: Optional[Path] = typer.Option(None, help="An earlier outcome whose tuning counts here as well."),
     epochs: float = typer.Option(2.0, help="Total FLOPs, in plain epochs of the stream."),
     scratch: bool = typer.Option(False, help="Start from random weights instead of a base."),

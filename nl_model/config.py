@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, field, replace
-from typing import Dict, List, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from nl_model.memory.config import MemoryConfig
 
@@ -181,6 +181,15 @@ def in_tokens(levels: Dict[str, LevelConfig], step_tokens: int) -> Dict[str, Lev
 def ordered_levels(levels: Dict[str, LevelConfig]) -> List[str]:
     """Level names from the fastest to the slowest; ties keep the order of the configuration."""
     return sorted(levels, key=lambda name: levels[name].period)
+
+
+def named_levels(levels: Dict[str, LevelConfig], names: Optional[Sequence[str]]) -> List[str]:
+    """Some levels by name (all for None), fastest first; ValueError for none, a bare string, or unknown names."""
+    if names is None:
+        return ordered_levels(levels)
+    if isinstance(names, str) or not names or any(name not in levels for name in names):
+        raise ValueError(f"names={names!r} must list levels of the model; it has {', '.join(ordered_levels(levels))}")
+    return [name for name in ordered_levels(levels) if name in names]
 
 
 def check_levels(levels: Dict[str, LevelConfig], num_blocks: int) -> None:

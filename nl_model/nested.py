@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nl_model.levelled import Levelled
-from nl_model.optim.levelwise import LevelOptimizers, build_optimizer
+from nl_model.optim.levelwise import LevelOptimizers, build_optimizer, set_steps, steps_of
 
 
 class NestedStarts:
@@ -71,6 +71,8 @@ class NestedStarts:
         flat: Dict[str, Tensor] = {}
         for level, starts in self.starts.items():
             flat[f"start_tokens/{level}"] = torch.tensor(self.tokens[level])
+            if (steps := steps_of(self.optimizers[level])) is not None:
+                flat[f"start_step/{level}"] = steps
             for key, start in starts.items():
                 flat[f"start/{key}"] = start.detach().clone()
                 if start.grad is not None:
@@ -83,6 +85,7 @@ class NestedStarts:
         """Take over what `state` returned."""
         for level, starts in self.starts.items():
             self.tokens[level] = int(flat[f"start_tokens/{level}"])
+            set_steps(self.optimizers[level], flat.get(f"start_step/{level}"))
             for key, start in starts.items():
                 start.data.copy_(flat[f"start/{key}"])
                 gradient = flat.get(f"start_grad/{key}")

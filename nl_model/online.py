@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nl_model.clock import LevelClock
-from nl_model.config import ordered_levels
+from nl_model.config import named_levels
 from nl_model.levelled import Levelled, is_slot
 from nl_model.nested import NestedStarts
 from nl_model.optim.levelwise import LevelOptimizers
@@ -39,9 +39,8 @@ class OnlineLevels:
         step_tokens: int = 1,
         group: Optional[dist.ProcessGroup] = None,
     ) -> None:
-        order = ordered_levels(model.level_configs)
         self.model, self.group = model, group
-        self.names: List[str] = [n for n in order if names is None or n in names]
+        self.names: List[str] = named_levels(model.level_configs, names)
         periods = LevelClock.of(model.level_configs, step_tokens=step_tokens).periods
         self.clock = LevelClock({name: periods[name] for name in self.names})
         for name, parameter in model.named_parameters():
@@ -54,9 +53,13 @@ class OnlineLevels:
     def learn(self, sequences_BS: Tensor) -> Tensor:
         """Score sequences and learn from them in order; returns their loss before learning, (B, T) in nats.
 
-        ValueError where the fastest period is no multiple of a sequence: weights would have to change inside of one
-        (nl_model.streaming does that).
+        ValueError for other shapes, and where the fastest period is no multiple of a sequence: weights would have to
+        change inside of one (nl_model.streaming does that).
         """
+        if sequences_BS.dim() != 2 or not len(sequences_BS) or sequences_BS.size(1) < 2:
+            raise ValueError(
+                f"sequences have shape {tuple(sequences_BS.shape)}; learn() takes (B, S), B of at least 1, S at least 2"
+            )
         T, fastest = sequences_BS.size(1) - 1, min(self.clock.periods.values())
         if fastest % (T * self.ranks):
             raise ValueError(
@@ -124,8 +127,15 @@ class OnlineLevels:
         return state
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
+        """Take over what `state_dict` returned. ValueError where it is another model's."""
         own = dict(self.model.named_parameters())
+        for name, parameter in own.items():
+            found = state.get(f"weight/{name}")
+            if found is None or found.shape != parameter.shape:
+                raise ValueError(
+                    f"state: weight/{name} has shape {None if found is None else tuple(found.shape)}, this model needs "
+                    f"{tuple(parameter.shape)}; load a state of the same model and levels"
+                )
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state[f"weight/{name}"])

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from nl_model.clock import LevelClock
-from nl_model.config import LevelConfig, ordered_levels
+from nl_model.config import LevelConfig, named_levels
 from nl_model.losses import token_nll
 from nl_model.model import NestedLM
-from nl_model.optim.levelwise import build_optimizer
+from nl_model.optim.levelwise import build_optimizer, set_steps, steps_of
 from nl_model.pointwise import rms_norm
 from nl_model.stream_state import States, flatten_states, unflatten_states
 
@@ -67,6 +67,8 @@ class SequenceLevel:
     def state(self) -> Dict[str, Tensor]:
         """Deltas (as full weights), gradient sums, moments, counter; flat named tensors."""
         flat = {"tokens": torch.tensor(self.tokens)}
+        if (steps := steps_of(self.optimizer)) is not None:
+            flat["step"] = steps
         for name, parameter in self.full.items():
             flat[f"weight/{name}"] = parameter.detach().clone()
             if parameter.grad is not None:
@@ -78,6 +80,7 @@ class SequenceLevel:
     def load_state(self, flat: Dict[str, Tensor]) -> None:
         """Take over what `state` returned."""
         self.tokens = int(flat["tokens"])
+        set_steps(self.optimizer, flat.get("step"))
         moments: Dict[str, Dict[str, Tensor]] = {}
         for key, value in flat.items():
             if key.startswith("moment/"):
@@ -117,7 +120,8 @@ class StreamingModel:
         step_tokens: int = 1,
     ) -> None:
         levels = model.level_configs
-        owned = [n for n in ordered_levels(levels) if (levels[n].owner == "learner" if names is None else n in names)]
+        learners = [name for name, level in levels.items() if level.owner == "learner"]
+        owned = named_levels(levels, learners if names is None else names)
         self.model, self.batch, self.learn = model, batch, learn
         periods = LevelClock.of(levels, step_tokens=step_tokens).periods
         self.clock = LevelClock({name: periods[name] for name in owned})
@@ -153,8 +157,11 @@ class StreamingModel:
 
         The logits of a chunk come from weights that have learned from every chunk before it, and from no later token.
         """
-        if tokens_BN.size(0) != self.batch:
-            raise ValueError(f"tokens have {tokens_BN.size(0)} rows; this stream was made for batch={self.batch}")
+        if tokens_BN.dim() != 2 or tokens_BN.size(0) != self.batch or not tokens_BN.size(1):
+            raise ValueError(
+                f"tokens have shape {tuple(tokens_BN.shape)}; this stream was made for batch={self.batch} and reads "
+                f"({self.batch}, N) with N of at least 1"
+            )
         out: List[Tensor] = []
         while tokens_BN.size(1):
             if self.learn and self.pending and self.position % self.chunk == 0:
@@ -239,7 +246,8 @@ class StreamingModel:
     def reset(self, rows: Optional[Sequence[int]] = None) -> None:
         """Forget what was written: deltas back to zero, of all streams or of those numbered `rows`.
 
-        With all rows also the position, the mixers' states and the current chunk: the exact initial state.
+        With all rows also the position, the mixers' states, the current chunk, steps counted: the exact initial state.
+        Rows by themselves go on reading where they were: what their mixers hold and what waits in the chunk stays.
         """
         for level in self.levels.values():
             level.reset(rows)
@@ -247,6 +255,7 @@ class StreamingModel:
             for level in self.levels.values():
                 level.discard()
                 level.optimizer.state.clear()
+                set_steps(level.optimizer, None)
             self.position, self.pending, self.pending_x = 0, [], []
             self.states = self.chunk_states = self.model.initial_states(self.batch)
 
@@ -263,7 +272,15 @@ class StreamingModel:
         return flat
 
     def load_state_dict(self, flat: Dict[str, Tensor]) -> None:
-        """Take over what `state_dict` returned (a rollback)."""
+        """Take over what `state_dict` returned (a rollback). ValueError for another model's, or another batch's."""
+        own = self.state_dict()
+        for key in [k for k in own if "/weight/" in k or k == "position"]:
+            found = flat[key].shape if key in flat else None
+            if found != own[key].shape:
+                raise ValueError(
+                    f"state: {key} has shape {None if found is None else tuple(found)}, this stream (batch="
+                    f"{self.batch}) needs {tuple(own[key].shape)}; load a state of the same model, levels and batch"
+                )
         self.position = int(flat["position"])
         for name, level in self.levels.items():
             prefix = f"level/{name}/"

@@ -54,7 +54,12 @@ def read_config(directory: Path) -> PretrainedConfig:
         raise ValueError(
             f"{directory} is quantised; a level needs weights that can be written, use an fp32/bf16/fp16 copy"
         )
-    return AutoConfig.from_pretrained(directory, local_files_only=True)
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # its validators raise classes of their own
+        raise ValueError(
+            f"{directory / CONFIG} cannot be read as a configuration ({error!r}); fetch it again"
+        ) from error
 
 
 def shard_files(directory: Path) -> List[Path]:
@@ -89,9 +94,12 @@ def stored_shapes(files: List[Path]) -> Shapes:
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of a config without storage for its weights."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    """The model of a config without storage for its weights. ValueError where the config cannot be built."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever transformers makes of a value that it cannot use
+        raise ValueError(f"{CONFIG} does not describe a model of type {config.model_type} ({error!r})") from error
 
 
 def check_checkpoint(directory: Path) -> PretrainedConfig:

@@ -87,7 +87,7 @@ def import_checkpoint(source: Path, out: Path, cfg: RetrofitConfig | None = None
 
 
 def load_model(directory: Path, dtype: torch.dtype | None = None) -> Levelled:
-    """The model of a directory written by `import_checkpoint` or `save_model`, on the CPU.
+    """The model of a directory written by `import_checkpoint`, `save_retrofit` or `save_nested`, on the CPU.
 
     Args:
         directory: its path.

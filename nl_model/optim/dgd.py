@@ -186,7 +186,8 @@ def build(parameters: List[Parameter], cfg: OptimizerConfig, model: Optional[nn.
     """Delta gradient descent as a level configures it; ValueError without a model."""
     if model is None:
         raise ValueError(
-            "optimizer.name=dgd sees the inputs of layers, so it works only where the model is at hand, not in sharded "
-            "training; use another optimizer here, such as adamw"
+            "optimizer.name=dgd sees the inputs of layers, so it works only where the model is at hand: not per "
+            "sequence, not for the learned starts of nested wiring, not in sharded training; use another one here, "
+            "such as adamw"
         )
     return DGD(parameters, model, cfg.lr, cfg.reduction, cfg.erase, cfg.weight_decay)

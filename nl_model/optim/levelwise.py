@@ -5,7 +5,7 @@ A parameter's `.grad` is the accumulator: backward passes add to it, only a writ
 
 from __future__ import annotations
 
-from typing import Dict, List, Mapping
+from typing import Dict, List, Mapping, Optional
 
 import torch
 from torch import Tensor
@@ -13,7 +13,20 @@ from torch import Tensor
 from nl_model.levelled import Levelled
 from nl_model.optim.registry import build_optimizer
 
-__all__ = ["LevelOptimizers", "build_optimizer"]
+__all__ = ["LevelOptimizers", "build_optimizer", "set_steps", "steps_of"]
+
+
+def steps_of(optimizer: torch.optim.Optimizer) -> Optional[Tensor]:
+    """Steps that an optimizer counts by parameter group, int64 (groups,); None where it counts none."""
+    groups = optimizer.param_groups
+    return torch.tensor([group["step"] for group in groups]) if "step" in groups[0] else None
+
+
+def set_steps(optimizer: torch.optim.Optimizer, steps: Optional[Tensor]) -> None:
+    """Go on from what `steps_of` returned; None begins at 0, where the optimizer counts."""
+    for i, group in enumerate(optimizer.param_groups):
+        if "step" in group:
+            group["step"] = 0 if steps is None else int(steps[i])
 
 
 class LevelOptimizers:
@@ -65,6 +78,7 @@ class LevelOptimizers:
             for key, parameter in self.parameters[name].items():
                 parameter.copy_(weights[key])
                 self.optimizers[name].state.pop(parameter, None)
+        set_steps(self.optimizers[name], None)
 
     def state(self) -> Dict[str, Tensor]:
         """Gradient sums, moments and counters as flat named tensors; a round trip is exact to the bit.
@@ -74,9 +88,8 @@ class LevelOptimizers:
         flat: Dict[str, Tensor] = {}
         for level, parameters in self.parameters.items():
             flat[f"counter/{level}"] = torch.tensor([self.tokens[level], self.writes[level]])
-            groups = self.optimizers[level].param_groups
-            if "step" in groups[0]:
-                flat[f"step/{level}"] = torch.tensor([group["step"] for group in groups])
+            if (steps := steps_of(self.optimizers[level])) is not None:
+                flat[f"step/{level}"] = steps
             for name, parameter in parameters.items():
                 if parameter.grad is not None:
                     flat[f"grad/{name}"] = parameter.grad.detach()
@@ -95,9 +108,7 @@ class LevelOptimizers:
         for level, parameters in self.parameters.items():
             self.tokens[level], self.writes[level] = (int(v) for v in flat[f"counter/{level}"])
             optimizer = self.optimizers[level]
-            if "step" in optimizer.param_groups[0]:
-                for group, step in zip(optimizer.param_groups, flat[f"step/{level}"], strict=True):
-                    group["step"] = int(step)
+            set_steps(optimizer, flat.get(f"step/{level}"))
             for name, parameter in parameters.items():
                 gradient = flat.get(f"grad/{name}")
                 parameter.grad = None if gradient is None else gradient.to(parameter.device).clone()

@@ -193,7 +193,7 @@ class Options:
     """A: as configured; reverse; random-N: a permutation drawn with seed N."""
     regimes: Tuple[str, ...] = ("whole",)
     """Names out of `REGIMES`."""
-    grid: Tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2)
+    grid: Tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)
     """Step sizes that every method is tuned over, on order A with a seed of its own; where the best one is at an edge,
     twice or half of it is tried as well, `EXTRA_RATES` times at most."""
     tuning_seed: int = 1000

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Set, Tuple, TypeVar
 
 from nl_model.model import NestedLM
 from pipelines.compare.config import EXTRA_RATES, METHODS, VARIANTS, Method, Options
 from pipelines.compare.material import Material, load_material
-from pipelines.compare.trial import Key, Workshop
+from pipelines.compare.trial import WAIT, Key, Workshop
 from pipelines.config import Config
 
 OURS, ABLATION = "circadian", "circadian_"
-WAIT = 2.0
-"""Seconds between two looks at a trial that another process is doing."""
 Report = Callable[[str, int, int, Dict[str, Any]], None]
 """Called with (what, trials done, trials planned, the trial's result)."""
+
+
+Name = TypeVar("Name")
+Result = TypeVar("Result")
+
+
+class BusyError(Exception):
+    """Another process is doing the trial."""
 
 
 @dataclass(frozen=True)
@@ -49,23 +57,27 @@ class Comparison:
         shorter = replace(cfg, stream=replace(cfg.stream, max_source_bytes=limit))
         self.shop, self.tuning_shop = Workshop(path, cfg), Workshop(path, shorter)
         self.material: Dict[Tuple[str, bool], Material] = {}
-        self.done, self.extra = 0, 0
+        self.counted: Set[Tuple[Key, bool]] = set()
+        self.extra: Set[Tuple[str, float]] = set()
 
     def run(self) -> Tuple[Dict[str, Chosen], Dict[Tuple[str, str, str, int], Dict[str, Any]]]:
         """Tune every method, then run it everywhere; returns choices and results by (regime, method, order, seed)."""
         options = self.options
-        chosen = {**self.frozen, **{name: self.tune(name) for name in self._tuned()}}
+        chosen = {**self.frozen, **_work_off({name: partial(self.tune, name) for name in self._tuned()})}
         for name in options.methods:
             if name not in chosen:  # an ablation changes one thing: the step size stays
                 chosen[name] = Chosen(METHODS[name], chosen[OURS].lr, [])
-        results: Dict[Tuple[str, str, str, int], Dict[str, Any]] = {}
-        for seed in options.seeds:
-            for order in options.orders:
-                for regime in options.regimes:
-                    for name in options.methods:
-                        key = self._key(name, chosen[name].method, chosen[name].lr, regime, order, seed)
-                        results[regime, name, order, seed] = self._result(key)
-        return {name: chosen[name] for name in options.methods}, results
+        jobs: Dict[Tuple[str, str, str, int], Callable[[], Dict[str, Any]]] = {}
+        for seed, order, regime in itertools.product(options.seeds, options.orders, options.regimes):
+            for name in options.methods:
+                key = self._key(name, chosen[name].method, chosen[name].lr, regime, order, seed)
+                jobs[regime, name, order, seed] = partial(self._result, key)
+        return {name: chosen[name] for name in options.methods}, _work_off(jobs)
+
+    @property
+    def done(self) -> int:
+        """Trials done so far, those that were done before included."""
+        return len(self.counted)
 
     def _tuned(self) -> List[str]:
         """Methods that are tuned: all but ablations, which take Circadian's step size."""
@@ -96,7 +108,7 @@ class Comparison:
             beyond = {min(found): lr / 2, max(found): lr * 2}.get(lr)
             if beyond is None or len(self.options.grid) == 1:
                 break
-            self.extra += 1
+            self.extra.add((name, beyond))
             found[beyond] = final(first, beyond)
         lr = min(found, key=lambda rate: found[rate])
         best = found[lr]
@@ -113,14 +125,13 @@ class Comparison:
 
     def _result(self, key: Key, tuning: bool = False) -> Dict[str, Any]:
         shop = self.tuning_shop if tuning else self.shop
-        while True:
-            if (found := shop.read(key)) is not None:
-                break
-            if shop.claim(key):
-                found = shop.run(key, self._material(key.order, tuning))
-                break
-            time.sleep(WAIT)
-        self.done += 1
+        if (found := shop.read(key)) is None:
+            if not shop.claim(key):
+                raise BusyError(key.name)
+            found = shop.run(key, self._material(key.order, tuning))
+        if (key, tuning) in self.counted:
+            return found
+        self.counted.add((key, tuning))
         what = f"{'tuning ' if tuning else ''}{key.name} {key.regime} {key.order} seed {key.seed} lr {key.lr:g}"
         self.report(what, self.done, self.planned(), found)
         return found
@@ -141,8 +152,27 @@ class Comparison:
         options = self.options
         tuning = sum(len(options.grid) + len(VARIANTS.get(n, {"": 0})) - 1 for n in self._tuned())
         return (
-            tuning + self.extra + len(options.methods) * len(options.regimes) * len(options.orders) * len(options.seeds)
+            tuning
+            + len(self.extra)
+            + len(options.methods) * len(options.regimes) * len(options.orders) * len(options.seeds)
         )
+
+
+def _work_off(jobs: Mapping[Name, Callable[[], Result]]) -> Dict[Name, Result]:
+    """Do jobs one after the other; one whose trial another process is doing comes again after the others."""
+    found: Dict[Name, Result] = {}
+    waiting = list(jobs)
+    while waiting:
+        left = []
+        for name in waiting:
+            try:
+                found[name] = jobs[name]()
+            except BusyError:
+                left.append(name)
+        if len(left) == len(waiting):
+            time.sleep(WAIT)
+        waiting = left
+    return {name: found[name] for name in jobs}
 
 
 def read_chosen(outcome: Mapping[str, Any]) -> Dict[str, Chosen]:

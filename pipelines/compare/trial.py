@@ -30,6 +30,8 @@ from pipelines.sleep import learning_rate
 
 RULES = {"plain": 2, "joint": 1, "circadian": 3}
 """By family; raised whenever trials of the same settings come out differently than before. Older ones are not read."""
+WAIT = 2.0
+"""Seconds between two looks at what another process is doing."""
 SHARED, AWAKE = ("model", "levels", "tokenizer", "stream", "base", "sleep"), ("wake", "gate")
 """Sections of the configuration that decide every trial, and those that decide Circadian's alone."""
 
@@ -79,17 +81,7 @@ class Workshop:
 
     def claim(self, key: Key) -> bool:
         """Take a trial on; False where a living process of this host has it."""
-        path = self.path / "trials" / f"{key.digest(self.cfg)}.claim"
-        try:
-            with open(path, "x", encoding="ascii") as file:
-                file.write(str(os.getpid()))
-            return True
-        except FileExistsError:
-            holder = path.read_text() or "0"
-            if Path(f"/proc/{holder}").exists() and int(holder) != os.getpid():
-                return False
-            path.write_text(str(os.getpid()))
-            return True
+        return _claim(self.path / "trials" / f"{key.digest(self.cfg)}.claim")
 
     def run(self, key: Key, material: Material) -> Dict[str, Any]:
         """Do a trial and keep its result."""
@@ -114,9 +106,12 @@ class Workshop:
         text = hashlib.sha256(material.base.tokens_NS.tobytes()).hexdigest()
         shape = [asdict(cfg)[k] for k in ("model", "levels", "base")] + [asdict(cfg.sleep.optimizer)]
         path = self.path / "bases" / f"{config_hash(shape, text, seed)}.safetensors"
-        if not path.exists():
-            self._pretrain(model.to(self.device), material, seed)
-            save_tensors(path, dict(model.named_parameters()))
+        while not path.exists():
+            if _claim(path.with_suffix(".claim")):
+                self._pretrain(model.to(self.device), material, seed)
+                save_tensors(path, dict(model.named_parameters()))
+            else:
+                time.sleep(WAIT)
         return load_tensors(path)[0]
 
     def _pretrain(self, model: NestedLM, material: Material, seed: int) -> None:
@@ -135,6 +130,20 @@ class Workshop:
                 group["lr"] = learning_rate(cfg.base.lr, step, steps)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+
+
+def _claim(path: Path) -> bool:
+    """Make a file that names this process; False where it names another living one."""
+    try:
+        with open(path, "x", encoding="ascii") as file:
+            file.write(str(os.getpid()))
+        return True
+    except FileExistsError:
+        holder = path.read_text() or "0"
+        if Path(f"/proc/{holder}").exists() and int(holder) != os.getpid():
+            return False
+        path.write_text(str(os.getpid()))
+        return True
 
 
 @dataclass(frozen=True)

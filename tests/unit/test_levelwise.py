@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from nl_model.clock import LevelClock
 from nl_model.config import LevelConfig, ModelConfig, OptimizerConfig
 from nl_model.model import NestedLM
-from nl_model.optim.levelwise import LevelOptimizers
+from nl_model.optim.levelwise import LevelOptimizers, build_optimizer
 from nl_model.weights import load_into, load_tensors, save_tensors
 
 SHAPE, VOCAB = ModelConfig(dim=8, blocks=2, heads=2, context=3), 11
@@ -254,3 +254,14 @@ def test_discarding_forgets_the_sum_and_its_tokens(build: Make) -> None:
     assert all(p.grad is not None for p in driver.model.parameters_of("medium").values())
     with pytest.raises(AssertionError, match="saw no token"):
         driver.optimizers.write("fast")
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_weight_decay_is_decoupled(name: str) -> None:
+    """Without a gradient a weight shrinks by lr * decay per write; momentum does not pile the decay up."""
+    weight = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.float64))
+    optimizer = build_optimizer([weight], OptimizerConfig(name=name, lr=0.1, weight_decay=0.5))
+    for _ in range(3):
+        weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.full_like(weight, 0.95**3))

@@ -12,6 +12,7 @@ from torch import Tensor
 from nl_model.config import LevelConfig, ModelConfig, OptimizerConfig
 from nl_model.memory.config import MemoryConfig
 from nl_model.model import NestedLM
+from nl_model.online import OnlineLevels
 from nl_model.streaming import StreamingModel, read_stream
 
 VOCAB = 17
@@ -124,6 +125,56 @@ def test_check_8_a_batch_of_sequences_is_as_many_runs_of_one(mixer: str, optimiz
     close(permuted.state_dict(), rows(together.state_dict(), order), 1e-10)
 
 
+@pytest.mark.parametrize("name", ["m3", "muon", "delta_momentum", "deep_momentum", "sgd"])
+def test_check_9_holds_for_every_optimizer(name: str) -> None:
+    """Steps that an optimizer counts by itself are part of the state too (m3 turns its slow momentum by them)."""
+    optimizer = OptimizerConfig(name=name, lr=1e-2, slow_period=3)
+    model, read = build(MIXERS["attention"], optimizer), tokens(2, 60)
+    stream = StreamingModel(model, 2)
+    start = stream.feed(read[:, :21])
+    snapshot = stream.state_dict()
+    first = stream.feed(read[:, 21:])
+    other = StreamingModel(model, 2)
+    for again in (stream, other):
+        again.load_state_dict(snapshot)
+        assert torch.equal(again.feed(read[:, 21:]), first)
+    stream.reset()
+    assert torch.equal(stream.feed(read[:, :21]), start)
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"), [((3, 4), "batch=2"), ((2, 0), "at least 1"), ((4,), r"\(4,\)")], ids=["batch", "none", "flat"]
+)
+def test_tokens_of_another_shape_are_named(shape: tuple[int, ...], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        StreamingModel(build(MIXERS["attention"]), 2).feed(torch.zeros(shape, dtype=torch.int64))
+
+
+def test_a_state_of_another_batch_or_of_nothing_is_refused() -> None:
+    model = build(MIXERS["attention"])
+    one, two = StreamingModel(model, 1), StreamingModel(model, 2)
+    for state in (one.state_dict(), {}):
+        with pytest.raises(ValueError, match="load a state of the same model, levels and batch"):
+            two.load_state_dict(state)
+
+
+@pytest.mark.parametrize("names", [["fsat"], [], "fast"])
+def test_levels_that_are_not_there_are_named(names: list[str]) -> None:
+    model = build(MIXERS["attention"])
+    for make in (lambda: StreamingModel(model, 2, names), lambda: OnlineLevels(model, names)):
+        with pytest.raises(ValueError, match="must list levels of the model; it has"):
+            make()
+
+
+def test_online_levels_name_wrong_sequences_and_states() -> None:
+    online = OnlineLevels(build(MIXERS["attention"]))
+    for shape in ((5,), (2, 1), (0, 5)):
+        with pytest.raises(ValueError, match="learn\\(\\) takes"):
+            online.learn(torch.zeros(shape, dtype=torch.int64))
+    with pytest.raises(ValueError, match="load a state of the same model and levels"):
+        online.load_state_dict({})
+
+
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_check_9_rollback_is_exact_to_the_bit_and_reset_is_the_start(mixer: str) -> None:
     model, read = build(MIXERS[mixer]), tokens(2, 40)
@@ -176,7 +227,7 @@ def test_the_state_of_a_windowed_stream_does_not_grow() -> None:
 
 def test_clear_errors() -> None:
     model = build(MIXERS["attention"])
-    with pytest.raises(ValueError, match="tokens have 3 rows; this stream was made for batch=2"):
+    with pytest.raises(ValueError, match=r"tokens have shape \(3, 4\); this stream was made for batch=2"):
         StreamingModel(model, 2).feed(tokens(3, 4))
     with pytest.raises(ValueError, match=r"level slow holds embedding\.weight"):
         StreamingModel(model, 2, names=["fast", "slow"])
