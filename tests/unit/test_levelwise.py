@@ -99,16 +99,17 @@ def test_a_level_is_constant_between_its_boundaries(build: Make, optimizer: Opti
 
 @pytest.mark.parametrize("optimizer", [SGD, MOMENTUM], ids=["plain", "momentum"])
 def test_one_frequency_is_plain_sgd(build: Make, optimizer: OptimizerConfig) -> None:
-    """Check 2: all periods one step + SGD = torch's SGD, without any difference."""
+    """Check 2: all periods one step + SGD = torch's SGD (and decay beside it), without any difference."""
     ours, theirs = build(optimizer, 1, 1, 1), build(optimizer, 1, 1, 1)
-    reference = torch.optim.SGD(
-        theirs.parameters(), lr=optimizer.lr, momentum=optimizer.beta1, weight_decay=optimizer.weight_decay
-    )
+    reference = torch.optim.SGD(theirs.parameters(), lr=optimizer.lr, momentum=optimizer.beta1)
     driver = Driver(ours)
     for sequence in stream(10):
         driver.step(sequence[None])
         reference.zero_grad()
         token_losses(theirs, sequence[None]).sum().backward()
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                parameter.mul_(1.0 - optimizer.lr * optimizer.weight_decay)
         reference.step()
     assert greatest_difference(ours, theirs) == 0.0
     assert greatest_difference(ours, build(optimizer)) > 1e-3, "something was learned"
