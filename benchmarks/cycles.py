@@ -30,7 +30,7 @@ from pipelines.load_config import load_config
 from pipelines.probe import Row
 
 ORDERS = ("A", "reverse")
-LR, EPOCHS = 8e-3, 2.0
+LR, EPOCHS = 4e-3, 2.0
 """Peak step size asleep; FLOPs per stream token in plain steps."""
 
 
@@ -127,6 +127,7 @@ def render(lives: Sequence[Life], found: Dict[str, Any], material: Material) -> 
 def main() -> None:
     """Measure, print, and keep."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cycles", description=__doc__)
+    parser.add_argument("overrides", nargs="*", help="key=value on top of the micro preset")
     parser.add_argument("--data", required=True, help="folder of NAME/train.txt and NAME/valid.txt")
     parser.add_argument("--stream", default="play,code_c,law_de", help="sources to learn, in order A")
     parser.add_argument("--base", default="wiki,math", help="the sources that are known already")
@@ -135,7 +136,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write {summary, lives} to this file")
     args = parser.parse_args()
     overrides = [*stream_of_folder([f"stream.path={args.data}"]), f"stream.sources=[{args.stream}]"]
-    cfg = load_config("default", [*overrides, f"base.sources=[{args.base}]"], "micro")
+    cfg = load_config("default", [*overrides, f"base.sources=[{args.base}]", *args.overrides], "micro")
     lives = []
     with one_thread(), tempfile.TemporaryDirectory() as folder:
         shop = Workshop(args.work or Path(folder), cfg)
@@ -152,7 +153,7 @@ def main() -> None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         write_durably(args.json, (json.dumps(payload, indent=1) + "\n").encode())
         command = f"python -m benchmarks.cycles --data DIR --stream {args.stream} --base {args.base}"
-        keep_page(args.json, f"{command} --seeds {args.seeds}", page)
+        keep_page(args.json, " ".join([command, f"--seeds {args.seeds}", *args.overrides]), page)
 
 
 if __name__ == "__main__":

@@ -180,6 +180,7 @@ def render(outcomes: Sequence[Outcome], material: Material) -> str:
 def main() -> None:
     """Measure, print, and keep."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.transfer", description=__doc__)
+    parser.add_argument("overrides", nargs="*", help="key=value on top of the micro preset")
     parser.add_argument("--data", required=True, help="folder of NAME/train.txt and NAME/valid.txt")
     parser.add_argument("--new", default="play", help="the source to learn")
     parser.add_argument("--base", default="wiki,math", help="the sources that are known already")
@@ -188,7 +189,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write {summary, outcomes} to this file")
     args = parser.parse_args()
     overrides = [*stream_of_folder([f"stream.path={args.data}"]), f"stream.sources=[{args.new}]"]
-    cfg = load_config("default", [*overrides, f"base.sources=[{args.base}]"], "micro")
+    cfg = load_config("default", [*overrides, f"base.sources=[{args.base}]", *args.overrides], "micro")
     material = load_material(cfg, "A")
     with one_thread(), tempfile.TemporaryDirectory() as folder:
         outcomes = measure(material, Workshop(args.work or Path(folder), cfg), range(args.seeds))
@@ -200,7 +201,7 @@ def main() -> None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         write_durably(args.json, (json.dumps(payload, indent=1) + "\n").encode())
         name = f"python -m benchmarks.transfer --data DIR --new {args.new} --base {args.base} --seeds {args.seeds}"
-        keep_page(args.json, name, page)
+        keep_page(args.json, " ".join([name, *args.overrides]), page)
 
 
 if __name__ == "__main__":
