@@ -87,6 +87,8 @@ class Memory:
 
         balance: 0 draws every sequence with equal chance, 1 every source, in between a power of the source's share.
         """
+        if not number:
+            return np.empty(0, np.int64)
         if not balance:
             return self.random.integers(len(self), size=number)
         counts = np.bincount(self.sources_N)

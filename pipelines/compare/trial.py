@@ -110,6 +110,7 @@ class Workshop:
             if _claim(path.with_suffix(".claim")):
                 self._pretrain(model.to(self.device), material, seed)
                 save_tensors(path, dict(model.named_parameters()))
+                path.with_suffix(".claim").unlink()
             else:
                 time.sleep(WAIT)
         return load_tensors(path)[0]

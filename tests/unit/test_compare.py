@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from cluster.cli import app
 from pipelines.compare.circadian import CircadianTrainer
-from pipelines.compare.config import METHODS, REGIMES, Method, Night, Options
+from pipelines.compare.config import EXTRA_RATES, METHODS, REGIMES, Method, Night, Options
 from pipelines.compare.material import Material, load_material, stream_of_folder
 from pipelines.compare.meter import Meter
 from pipelines.compare.runner import Comparison
@@ -123,15 +123,17 @@ def test_a_comparison_goes_on_where_it_was_cut_off(cfg: Config, tmp_path: Path) 
         comparison = Comparison(cfg, options, tmp_path, lambda what, *_: seen.append(what))
         comparison.shop = Counted(tmp_path, cfg)
         comparison.tuning_shop = Counted(tmp_path, comparison.tuning_shop.cfg)
-        planned = comparison.planned()
+        least = comparison.planned()
         chosen, results = comparison.run()
-        assert comparison.done == planned
+        assert least <= comparison.done == comparison.planned() <= least + 2 * EXTRA_RATES
         return chosen, results
 
     chosen, results = go()
     count = len(runs)
-    assert count == 5 + 4, "two step sizes each and a variant of naive, then two methods in two orders"
-    assert len(results) == 4 and chosen["naive"].lr in (1e-3, 4e-3)
+    beyond = [lr for found in chosen.values() for _, lr, _ in found.tried if lr not in options.grid]
+    assert count >= 5 + 4, "two step sizes each and a variant of naive, then two methods in two orders"
+    assert beyond, "the best of two is at an edge, so one more is tried"
+    assert len(results) == 4
     again, same = go()
     assert len(runs) == count and again == chosen
     assert {k: r["matrix"] for k, r in same.items()} == {k: r["matrix"] for k, r in results.items()}
