@@ -101,7 +101,10 @@ def compare(
     methods: str = typer.Option("circadian,naive,joint,replay_25,replay_50", help="Names, families_*, or all."),
     seeds: str = typer.Option("0,1,2", help="Seeds of base, batches and replay."),
     orders: str = typer.Option("A,reverse", help="A (as configured), reverse, random-N."),
-    regimes: str = typer.Option("whole", help="What may be stored: whole, cap5, cap1 (percent of the stream)."),
+    regimes: str = typer.Option(
+        "whole",
+        help="whole; cap5, cap1 (store, % of the stream); sleep50, sleep25, sleep10 (sleep, % of FLOPs).",
+    ),
     preset: str = typer.Option("micro", help="Sizes: micro (hours on two cores), small or base (GPU), none."),
     grid: str = typer.Option("1e-3,2e-3,4e-3,8e-3", help="Step sizes that every method is tuned over."),
     settings: Optional[Path] = typer.Option(None, help="An earlier outcome whose tuning counts here as well."),

@@ -7,8 +7,31 @@ from typing import Any, Dict, Tuple
 
 from pipelines.checks import at_least, one_of, share
 
-REGIMES: Dict[str, float] = {"whole": float("inf"), "cap5": 0.05, "cap1": 0.01}
-"""Bytes that may be stored at any time, as a share of the stream's bytes."""
+
+@dataclass(frozen=True)
+class Regime:
+    """What a trial may use."""
+
+    stored: float = float("inf")
+    """Bytes that may be stored at any time, as a share of the stream's bytes."""
+    asleep: float = 0.0
+    """Share of all FLOPs that is left for sleep once Circadian has read the stream awake: it sets every method's total;
+    0: the total is `Options.epochs`."""
+
+    def epochs(self, given: float, wake: float) -> float:
+        """FLOPs per stream token, in full training steps. wake: those of a wake step."""
+        return wake / (1.0 - self.asleep) if self.asleep else given
+
+
+REGIMES: Dict[str, Regime] = {
+    "whole": Regime(),
+    "cap5": Regime(stored=0.05),
+    "cap1": Regime(stored=0.01),
+    "sleep50": Regime(asleep=0.5),
+    "sleep25": Regime(asleep=0.25),
+    "sleep10": Regime(asleep=0.1),
+}
+"""By name."""
 FAMILIES = ("plain", "joint", "circadian")
 SCHEDULES = ("rewarm", "constant")
 
@@ -208,6 +231,12 @@ class Options:
     def __post_init__(self) -> None:
         for name in self.regimes:
             one_of("--regimes", name, tuple(REGIMES))
+            dear = [m for m in self.methods if m in METHODS and METHODS[m].night.wake == "all"]
+            if REGIMES[name].asleep and dear:
+                raise ValueError(
+                    f"--regimes: {name} leaves less than a full step per token, which {', '.join(dear)} spends awake; "
+                    "compare them apart"
+                )
         if len(self.grid) < 1:
             raise ValueError("--grid is empty; give step sizes to tune over")
         at_least("--epochs", self.epochs, 0.5)

@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Mapping, Tuple
 
 import numpy as np
 
-from pipelines.compare.config import Options
+from pipelines.compare.config import REGIMES, Options
 from pipelines.compare.runner import OURS, Chosen
 from pipelines.compare.statistics import columns, gap_closed, interval, paired
 
@@ -82,7 +82,7 @@ def page(outcome: Mapping[str, Any]) -> str:
         f"{_tuned(outcome['tuning'])} (ablations take {OURS}'s).",
     ]
     for regime, found in outcome["regimes"].items():
-        lines += ["", f"### Store: {_words(regime)}", "", *_table(found)]
+        lines += ["", f"### {_words(regime)}", "", *_table(found)]
     return "\n".join(lines) + "\n"
 
 
@@ -95,8 +95,11 @@ def _tuned(tuning: Mapping[str, Any]) -> str:
     )
 
 
-def _words(regime: str) -> str:
-    return {"whole": "the whole history"}.get(regime, f"{regime.removeprefix('cap')} % of the stream's bytes")
+def _words(name: str) -> str:
+    """A regime as a heading."""
+    regime = REGIMES[name]
+    store = "the whole history" if regime.stored == float("inf") else f"{regime.stored:.0%} of the stream's bytes"
+    return f"Store: {store}" + (f"; {regime.asleep:.0%} of all FLOPs asleep" if regime.asleep else "")
 
 
 def _table(found: Mapping[str, Any]) -> List[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Set, Tuple, TypeVar
 
 from nl_model.model import NestedLM
-from pipelines.compare.config import EXTRA_RATES, METHODS, VARIANTS, Method, Options
+from pipelines.compare.config import EXTRA_RATES, METHODS, REGIMES, VARIANTS, Method, Options
 from pipelines.compare.material import Material, load_material
 from pipelines.compare.trial import WAIT, Key, Workshop
 from pipelines.config import Config
@@ -119,7 +119,7 @@ class Comparison:
         return Chosen(variants[winner], lr, tried)
 
     def _key(self, name: str, method: Method, lr: float, regime: str, order: str, seed: int) -> Key:
-        if not method.keeps_data:
+        if not method.keeps_data and not REGIMES[regime].asleep:
             regime = "whole"  # nothing is stored, so nothing changes
         return Key(name, method, lr, regime, order, seed, self.options.epochs, self.options.scratch)
 

@@ -23,6 +23,7 @@ from pipelines.base import BaseBatches
 from pipelines.compare.circadian import CircadianTrainer
 from pipelines.compare.config import REGIMES, Method
 from pipelines.compare.material import Material
+from pipelines.compare.meter import Meter
 from pipelines.compare.plain import JointTrainer, PlainTrainer
 from pipelines.config import Config
 from pipelines.load_config import config_hash
@@ -87,9 +88,11 @@ class Workshop:
         """Do a trial and keep its result."""
         start = time.perf_counter()
         weights = self.base(material, key.seed, key.scratch)
-        capacity = REGIMES[key.regime] * material.stream_bytes
+        regime, meter = REGIMES[key.regime], Meter.of(self.cfg, material.vocab_size)
+        epochs = regime.epochs(key.epochs, meter.wake / meter.full)
+        capacity = regime.stored * material.stream_bytes
         torch.manual_seed(key.seed)
-        shared = (material, key.lr, key.epochs, capacity, key.seed, weights, self.device)
+        shared = (material, key.lr, epochs, capacity, key.seed, weights, self.device)
         result = _trainer(key.method, *shared).run().result()
         result.update(key={**asdict(key), "method": asdict(key.method)}, seconds=time.perf_counter() - start)
         path = self.path / "trials" / f"{key.digest(self.cfg)}.json"

@@ -79,10 +79,21 @@ def test_every_method_spends_the_same_and_stores_no_more_than_it_may(
         found = trial(shop, material, METHODS[name], regime)
         # The small rest is what is too little for one more step.
         assert 0.9 * budget <= found["flops"]["total"] <= 1.005 * budget, (regime, found["flops"])
-        assert found["stored_bytes"] <= REGIMES[regime] * material.stream_bytes
+        assert found["stored_bytes"] <= REGIMES[regime].stored * material.stream_bytes
         assert found["mean_final_bpb"] < 8.0 and len(found["matrix"]) >= 2
         if METHODS[name].family == "circadian":
             assert found["learner_step"] <= (1.0 if name == "one_frequency" else 0.6)
+
+
+@pytest.mark.parametrize("name", ["circadian", "sleep_as_replay", "replay_50", "naive", "joint"])
+def test_a_share_of_sleep_sets_the_total_for_every_method(
+    name: str, cfg: Config, material: Material, tmp_path: Path
+) -> None:
+    found = trial(Workshop(tmp_path, cfg), material, METHODS[name], "sleep25")
+    budget = Meter.of(cfg, material.vocab_size).wake / 0.75 * material.stream_tokens
+    assert 0.85 * budget <= found["flops"]["total"] <= 1.005 * budget, found["flops"]
+    if name == "sleep_as_replay":
+        assert found["flops"]["total"] - found["flops"]["wake"] == pytest.approx(0.25 * budget, rel=0.1)
 
 
 def test_a_trial_repeats_itself_to_the_bit_and_seeds_differ(cfg: Config, material: Material, tmp_path: Path) -> None:

@@ -133,6 +133,7 @@ def test_methods_are_named_singly_in_families_and_all_together() -> None:
         (lambda: Options(seeds=(0, 1000)), "contain the tuning seed 1000"),
         (lambda: Options(regimes=("half",)), "--regimes='half' is unknown"),
         (lambda: Options(grid=()), "--grid is empty"),
+        (lambda: Options(methods=("one_frequency",), regimes=("sleep10",)), "which one_frequency spends awake"),
         (lambda: Method(replay=1.5), "replay=1.5 must lie between 0 and 1"),
         (lambda: Night(wake="some"), "wake='some' is unknown"),
         (lambda: Night(rounds=0), "rounds=0 must be at least 1"),
@@ -144,7 +145,10 @@ def test_wrong_settings_are_named(build: object, said: str) -> None:
 
 
 def test_regimes_are_shares_of_the_stream() -> None:
-    assert {"whole": float("inf"), "cap5": 0.05, "cap1": 0.01} == REGIMES
+    assert [REGIMES[name].stored for name in ("whole", "cap5", "cap1")] == [float("inf"), 0.05, 0.01]
+    # A tenth of the FLOPs asleep: a wake step of 0.45 is nine tenths of the total.
+    assert REGIMES["sleep10"].epochs(2.0, 0.45) == pytest.approx(0.5)
+    assert REGIMES["cap5"].epochs(2.0, 0.45) == 2.0
 
 
 def test_a_matrix_without_a_base_has_no_forgetting_of_it() -> None:
