@@ -93,7 +93,7 @@ def test_a_share_of_sleep_sets_the_total_for_every_method(
     budget = Meter.of(cfg, material.vocab_size).wake / 0.75 * material.stream_tokens
     assert 0.85 * budget <= found["flops"]["total"] <= 1.005 * budget, found["flops"]
     if name == "sleep_as_replay":
-        assert found["flops"]["total"] - found["flops"]["wake"] == pytest.approx(0.25 * budget, rel=0.1)
+        assert found["flops"]["total"] - found["flops"]["wake"] == pytest.approx(0.25 * budget, rel=0.2)
 
 
 def test_a_trial_repeats_itself_to_the_bit_and_seeds_differ(cfg: Config, material: Material, tmp_path: Path) -> None:
