@@ -208,7 +208,8 @@ class CircadianTrainer:
         night = self.night
         # One schedule of the step size spans a segment's nights, or every night has its own.
         place = day if night.online or night.cycle else (0, 1)
-        shares = (night.recent, night.recent_end)
+        recent = night.recent + (night.scarce_recent - night.recent) * self.scarcity
+        shares = (recent, night.recent_end)
         self._sleep(segment.tokens_NS[first:last], shares, place, self._is_judged(day))
 
     def _deep_sleep(self, recent_NS: np.ndarray) -> None:

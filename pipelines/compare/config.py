@@ -48,10 +48,12 @@ class Night:
     """Let awake step sizes follow the schedule of a source's nights; else they stay."""
     wake_batch: int = 0
     """Sequences per awake step, the learner's periods in proportion; 0: as configured (wake.batch)."""
-    rounds: int = 4
+    rounds: int = 16
     """Sleeps per source (or per stretch of a stream without boundaries)."""
     recent: float = 0.4
     """Share of recent experience in a sleeping batch; the rest is replayed."""
+    scarce_recent: float = 0.65
+    """The same where nothing of the past is held; in between, a mean by the share of sequences that are."""
     recent_end: float = -1.0
     """The same at the end of a night, reached linearly; negative: as at its start."""
     bank: float = 0.3
@@ -68,7 +70,7 @@ class Night:
     """Weight of the distribution, on old experience, of the model that the last source left behind."""
     scarce: bool = True
     """Let the anchor pull only as far as the store forgets: its weights times the share of sequences not held."""
-    merge: float = 0.3
+    merge: float = 0.45
     """Weight of that model's weights in what a source leaves behind, times the same share."""
     average: float = 0.0
     """Share of a round's last steps whose weights are averaged into the candidate; 0: the last weights."""
@@ -93,7 +95,7 @@ class Night:
         at_least("rounds", self.rounds, 1)
         at_least("deep_every", self.deep_every, 0)
         at_least("deep_passes", self.deep_passes, 0)
-        shares = ("recent", "bank", "deep_recent", "teacher", "anchor", "merge", "average")
+        shares = ("recent", "bank", "deep_recent", "teacher", "anchor", "merge", "average", "scarce_recent")
         for key in (*shares, "floor", "balance"):
             share(key, getattr(self, key))
 
