@@ -19,12 +19,14 @@ from typing import Any
 from benchmarks.results import RESULTS, SUMMARY
 from benchmarks.tables import Machine, markdown_table
 from nl_model.weights import write_durably
+from pipelines.compare.outcome import heading
 from pipelines.load_config import flatten, load_config, shipped_configs
 from pipelines.report import Line, duration, headline, read_summary, source_lines
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 KEPT = Path(__file__).parent / "results" / "default-run.json"
 MODEL = KEPT.with_name("model.json")
+COMPARISON = KEPT.with_name("compare-s5.json")
 LEFT_OUT = ("stream_cursor", "quarantined")
 """Keys of summary.json that are long, or name files of the machine the run was made on."""
 PHASES = ("base", "stream", "control")
@@ -143,15 +145,40 @@ def render_model(figures: Mapping[str, Any]) -> str:
     )
 
 
-def filled(readme: str, kept: Mapping[str, Any], results: str, model: Mapping[str, Any] | None = None) -> str:
-    """README.md as text with its tables."""
+def render_comparison(outcome: Mapping[str, Any]) -> str:
+    """Markdown: Circadian's lead over every method, by regime, from what `circadian compare --out` wrote."""
+    regimes = outcome["regimes"]
+    names = sorted(next(iter(regimes.values()))["mean_final_bpb"].items(), key=lambda item: item[1])
+    rows = [[f"`{name}`", *(_lead(found, name) for found in regimes.values())] for name, _ in names]
+    table = markdown_table(["final bits per byte (Circadian's lead, 95 %)", *map(heading, regimes)], rows)
+    cells = f"{len(outcome['seeds'])} seeds x {len(outcome['orders'])} orders"
+    return (
+        f"{table}\n\nMeans over {cells}, equal FLOPs and stored bytes; learning, forgetting, online loss and plots: "
+        f"benchmarks/results/compare-s5.md. Made by `{outcome['command']}`."
+    )
+
+
+def _lead(found: Mapping[str, Any], name: str) -> str:
+    """A method's figure, and how far Circadian is below it."""
+    if name not in found["mean_final_bpb"]:
+        return ""
+    value, lead = found["mean_final_bpb"][name], found.get("against", {}).get("mean_final_bpb", {}).get(name)
+    if lead is None:
+        return f"**{value:.3f}**"
+    return f"{value:.3f} ({-lead['mean']:+.3f}, {-lead['high']:+.3f} .. {-lead['low']:+.3f})"
+
+
+BLOCKS = {"model": (MODEL, render_model), "compare": (COMPARISON, render_comparison)}
+"""Tables of README.md that come from one file each, by marker; left as they are where the file is missing."""
+
+
+def filled(readme: str, kept: Mapping[str, Any], results: str, blocks: bool = False) -> str:
+    """README.md as text with its tables; `blocks`: those of `BLOCKS` too."""
     text = fill(fill(readme, "results", render_results(kept)), "bench", render_bench(results))
-    return text if model is None else fill(text, "model", render_model(model))
-
-
-def _model_figures() -> dict[str, Any] | None:
-    found: dict[str, Any] | None = json.loads(MODEL.read_text(encoding="utf-8")) if MODEL.is_file() else None
-    return found
+    for name, (path, render) in BLOCKS.items() if blocks else ():
+        if path.is_file():
+            text = fill(text, name, render(json.loads(path.read_text(encoding="utf-8"))))
+    return text
 
 
 def _read(path: Path, remedy: str) -> str:
@@ -167,8 +194,7 @@ def difference(readme: Path = README, kept: Path = KEPT, results: Path = RESULTS
     """
     text = _read(readme, "write it first")
     figures = json.loads(_read(kept, "make it with: python -m benchmarks.readme RUN_DIR"))
-    model = _model_figures() if readme == README else None
-    wanted = filled(text, figures, _read(results, "make it with: make bench"), model)
+    wanted = filled(text, figures, _read(results, "make it with: make bench"), readme == README)
     before, after = text.splitlines(keepends=True), wanted.splitlines(keepends=True)
     return "".join(difflib.unified_diff(before, after, "README.md", "README.md as it should be"))
 
@@ -183,8 +209,7 @@ def write(run_dir: Path | None, readme: Path = README, kept: Path = KEPT, result
         figures = json.loads(_read(kept, "make it with: python -m benchmarks.readme RUN_DIR"))
     else:
         figures = keep(run_dir)
-    model = _model_figures() if readme == README else None
-    wanted = filled(text, figures, _read(results, "make it with: make bench"), model)
+    wanted = filled(text, figures, _read(results, "make it with: make bench"), readme == README)
     kept.parent.mkdir(parents=True, exist_ok=True)
     write_durably(kept, (json.dumps(figures, indent=1) + "\n").encode())
     write_durably(readme, wanted.encode())

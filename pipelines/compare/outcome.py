@@ -82,7 +82,7 @@ def page(outcome: Mapping[str, Any]) -> str:
         f"{_tuned(outcome['tuning'])} (ablations take {OURS}'s).",
     ]
     for regime, found in outcome["regimes"].items():
-        lines += ["", f"### {_words(regime)}", "", *_table(found)]
+        lines += ["", f"### {heading(regime)}", "", *_table(found)]
     return "\n".join(lines) + "\n"
 
 
@@ -95,7 +95,7 @@ def _tuned(tuning: Mapping[str, Any]) -> str:
     )
 
 
-def _words(name: str) -> str:
+def heading(name: str) -> str:
     """A regime as a heading."""
     regime = REGIMES[name]
     store = "the whole history" if regime.stored == float("inf") else f"{regime.stored:.0%} of the stream's bytes"
