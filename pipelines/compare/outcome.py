@@ -98,8 +98,8 @@ def _tuned(tuning: Mapping[str, Any]) -> str:
 def heading(name: str) -> str:
     """A regime as a heading."""
     regime = REGIMES[name]
-    store = "the whole history" if regime.stored == float("inf") else f"{regime.stored:.0%} of the stream's bytes"
-    return f"Store: {store}" + (f"; {regime.asleep:.0%} of all FLOPs asleep" if regime.asleep else "")
+    store = "the whole history" if regime.stored == float("inf") else f"{100 * regime.stored:g} % of the stream's bytes"
+    return f"Store: {store}" + (f"; {100 * regime.asleep:g} % of all FLOPs asleep" if regime.asleep else "")
 
 
 def _table(found: Mapping[str, Any]) -> List[str]:
