@@ -22,6 +22,7 @@ CHAPTERS = {
     "levels": "Five levels against one, two and three",
     "probes": "Memory probes",
     "compare-s5": "Circadian against its opponents",
+    "compare-s5-cap5": "The same with a small store",
     "compare-tshift": "The same on a soft shift",
     "transfer": "What a night moves into the slow levels",
     "cycles": "Night after night",
