@@ -16,7 +16,7 @@ from torch import Tensor
 from nl_model.clock import LevelClock
 from nl_model.model import NestedLM
 from nl_model.online import OnlineLevels
-from nl_model.optim.levelwise import build_optimizer
+from pipelines.compare.asleep import NightTrainer
 from pipelines.compare.config import Night
 from pipelines.compare.material import Material, Segment
 from pipelines.compare.memory import Memory
@@ -27,7 +27,7 @@ from pipelines.config import Config
 from pipelines.evidence import Evidence, Storage
 from pipelines.gate import check_forgetting, check_loss, decide
 from pipelines.probe import Score, measure
-from pipelines.sleep import guide_logits, learning_rate, merge_weights, sleep_loss
+from pipelines.sleep import learning_rate, merge_weights
 
 GATES = 1
 """Times per segment that the gate judges: when its nights have cooled down. In the middle of a schedule, at the largest
@@ -73,18 +73,16 @@ class CircadianTrainer:
             periods = self.levels.clock.periods
             self.levels.clock = LevelClock(dict.fromkeys(periods, min(periods.values())))
         self.wake_flops = {"learner": self.meter.wake, "all": self.meter.full, "none": self.meter.forward}[night.wake]
-        self.optimizer_config = replace(cfg.sleep.optimizer, lr=lr)
-        self.optimizer: Optional[torch.optim.Optimizer] = None
         held_out = sum(probe.tokens[:, 1:].size for probe in material.gate_probes.values())
         self.gated = night.gate and held_out <= GATE_SHARE * capacity
         self.held_out = held_out if self.gated and capacity < float("inf") else 0
         self.memory = Memory(capacity - self.held_out, 0, seed)
         self.live, self.anchor = frozen_copy(self.model), frozen_copy(self.model)
+        self.asleep = NightTrainer(cfg, night, lr, seed, self.memory, self.meter, self.anchor)
         self.seen: List[str] = list(material.base_sources)
         self.anchor_row: Dict[str, Score] = {}
         self.position, self.credit, self.banked, self.rounds, self.rejected = 0, 0.0, 0.0, 0, 0
         self.unjudged = False
-        self.random = np.random.default_rng([seed, 5])
 
     def run(self) -> Trace:
         """Live through the whole stream; returns the trial's trace."""
@@ -106,6 +104,7 @@ class CircadianTrainer:
                 first = days[-1][0] if self._recent_share() else 0
                 self._deep_sleep(segment.tokens_NS[first:])
             _copy_weights(self.model, self.anchor)
+            self.asleep.boundary()
             self.trace.score(self.model, self.position)
         self.trace.notes.update(rounds=self.rounds, rejected=self.rejected)
         return self.trace
@@ -113,7 +112,7 @@ class CircadianTrainer:
     @torch.no_grad()
     def _merge(self) -> None:
         """Average the weights with the last boundary's."""
-        weight = self.night.merge * self.pull
+        weight = self.night.merge * self.asleep.pull
         if not weight:
             return
         new, old = (dict(model.named_parameters()) for model in (self.model, self.anchor))
@@ -174,21 +173,6 @@ class CircadianTrainer:
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(self.model.level_of(name) in names)
 
-    def step_flops(self, recent: float) -> float:
-        """FLOPs of one sleeping step with this share of recent experience, guides included."""
-        guided = recent * bool(self.night.teacher) + (1 - recent) * bool(self.night.anchor * self.pull)
-        return self.size * (self.width - 1) * (self.meter.full + guided * self.meter.forward)
-
-    @property
-    def scarcity(self) -> float:
-        """Share of all sequences seen that the memory does not hold."""
-        return 1.0 - len(self.memory) / max(1, self.memory.seen)
-
-    @property
-    def pull(self) -> float:
-        """Factor of what the last boundary's model weighs."""
-        return self.scarcity if self.night.scarce else 1.0
-
     def _is_deep(self, number: int) -> bool:
         """Whether a deep sleep, which spends what was kept for it, follows the segment of this number (from 1)."""
         if not self.night.bank:
@@ -202,13 +186,13 @@ class CircadianTrainer:
         day: (number of the day in its segment, days of the segment).
         """
         room = self.night.deep_passes * len(self.memory) * (self.width - 1) * self.meter.full - self.banked
-        bank = self.night.bank if self.scarcity < MOST_SCARCE else 0.0
+        bank = self.night.bank if self.asleep.scarcity < MOST_SCARCE else 0.0
         kept = max(0.0, min(self.credit * bank, room))
         self.credit, self.banked = self.credit - kept, self.banked + kept
         night = self.night
         # One schedule of the step size spans a segment's nights, or every night has its own.
         place = day if night.online or night.cycle else (0, 1)
-        recent = night.recent + (night.scarce_recent - night.recent) * self.scarcity
+        recent = night.recent + (night.scarce_recent - night.recent) * self.asleep.scarcity
         shares = (recent, night.recent_end)
         self._sleep(segment.tokens_NS[first:last], shares, place, self._is_judged(day))
 
@@ -225,7 +209,7 @@ class CircadianTrainer:
         """
         judged = judged and self.gated
         first, last = shares[0], shares[1] if shares[1] >= 0 else shares[0]
-        price = self.step_flops((first + last) / 2)
+        price = self.asleep.step_flops((first + last) / 2)
         steps = int((self.credit - self._gate_flops * judged) // price)
         if steps < 1:
             return
@@ -235,65 +219,19 @@ class CircadianTrainer:
             _copy_weights(self.model, self.live)
             self.unjudged = True
         pending = self._set_gradients_aside()
-        student = self.model.requires_grad_(True)
-        teacher = frozen_copy(student) if self.night.teacher else None
-        span = (place[0] * steps, place[1] * steps)
-        self._train(student, recent_NS, self._recent_counts(steps, first, last), teacher, span)
+        spent = self.asleep.train(self.model, recent_NS, (first, last), steps, place)
         for parameter, gradient in pending:
             parameter.grad = gradient
-        self.meter.spend("sleep", steps * price)
+        self.meter.spend("sleep", spent)
+        self.credit += steps * price - spent
         if judged:
-            self._judge(student)
+            self._judge(self.model)
 
     def _set_gradients_aside(self) -> List[Tuple[torch.nn.Parameter, Optional[Tensor]]]:
         """Gradient sums of periods that a sleep cuts through; they wait for the rest of their period."""
         pending = [(parameter, parameter.grad) for parameter in self.model.parameters()]
         self.model.zero_grad(set_to_none=True)
         return pending
-
-    def _train(
-        self,
-        student: NestedLM,
-        recent_NS: np.ndarray,
-        recent_counts: np.ndarray,
-        teacher: Optional[NestedLM],
-        span: Tuple[int, int],
-    ) -> None:
-        if self.optimizer is None or not self.night.keep_moments:
-            self.optimizer = build_optimizer(list(student.parameters()), self.optimizer_config)
-        pull = self.night.anchor * self.pull
-        anchor = self.anchor if pull else None
-        weights = replace(self.cfg.sleep, teacher=self.night.teacher, anchor=pull)
-        order, steps = _passes_over(len(recent_NS), self.random), len(recent_counts)
-        average, averaged = None, 0
-        for step, number in enumerate(recent_counts.tolist()):
-            mine = [next(order) for _ in range(number)]
-            old = self.memory.draw(self.size - number, self.night.balance)
-            rows = np.concatenate([recent_NS[mine], self.memory.tokens_NS[old]]) if len(old) else recent_NS[mine]
-            tokens_BS = torch.from_numpy(rows).to(self.device)
-            recent_B = torch.arange(len(rows), device=self.device) < number
-            guides = guide_logits(teacher, anchor, tokens_BS, recent_B)
-            loss, _ = sleep_loss(student(tokens_BS[:, :-1]), tokens_BS, recent_B, guides, weights)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(student.parameters(), self.optimizer_config.clip or float("inf"))
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.lr, span[0] + step, span[1], floor=self.night.floor)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            if self.night.average and step >= steps * (1 - self.night.average):
-                averaged += 1
-                average = _average_in(average, student, averaged)
-        if average is not None:
-            with torch.no_grad():
-                for parameter, mean in zip(student.parameters(), average, strict=True):
-                    parameter.copy_(mean)
-
-    def _recent_counts(self, steps: int, first: float, last: float) -> np.ndarray:
-        """Recent sequences in each step's batch (steps,), from one share to another."""
-        if not len(self.memory):
-            first = last = 1.0
-        wanted = np.cumsum(self.size * np.linspace(first, last, steps))
-        return np.diff(np.floor(wanted + 0.5), prepend=0).astype(int)
 
     @property
     def _gate_flops(self) -> float:
@@ -318,7 +256,7 @@ class CircadianTrainer:
             self.anchor_row = found
         else:
             self.rejected += 1
-            self.optimizer = None  # moments of a candidate that may have diverged
+            self.asleep.forget_moments()  # of a candidate that may have diverged
             _copy_weights(self.live, student)
 
 
@@ -331,21 +269,6 @@ def _with_wake_batch(cfg: Config, batch: int) -> Config:
         for name, level in cfg.levels.items()
     }
     return replace(cfg, levels=levels, wake=replace(cfg.wake, batch=batch))
-
-
-def _passes_over(rows: int, random: np.random.Generator):  # type: ignore[no-untyped-def]
-    """Indices of all rows in a fresh order, again and again."""
-    while True:
-        yield from random.permutation(rows)
-
-
-def _average_in(average: Optional[List[Tensor]], student: NestedLM, count: int) -> List[Tensor]:
-    """Running mean of weights."""
-    now = [p.detach() for p in student.parameters()]
-    if average is None:
-        return [p.clone() for p in now]
-    torch._foreach_lerp_(average, now, 1.0 / count)
-    return average
 
 
 @torch.no_grad()

@@ -72,6 +72,13 @@ class Night:
     """Let the anchor pull only as far as the store forgets: its weights times the share of sequences not held."""
     merge: float = 0.45
     """Weight of that model's weights in what a source leaves behind, times the same share."""
+    dream: float = 0.0
+    """Share of replayed sequences that are dreamt instead, times the same share: continuations of stored text by the
+    last boundary's model, learned from what it says of them."""
+    on_policy: float = 0.0
+    """Share of steps in which the student continues its batch itself and is measured on what it said."""
+    slots: int = 0
+    """Rank of the low-rank slots that a night trains and then folds into the pool's levels; 0: all weights train."""
     average: float = 0.0
     """Share of a round's last steps whose weights are averaged into the candidate; 0: the last weights."""
     gate: bool = True
@@ -95,9 +102,12 @@ class Night:
         at_least("rounds", self.rounds, 1)
         at_least("deep_every", self.deep_every, 0)
         at_least("deep_passes", self.deep_passes, 0)
-        shares = ("recent", "bank", "deep_recent", "teacher", "anchor", "merge", "average", "scarce_recent")
-        for key in (*shares, "floor", "balance"):
+        shares = ("recent", "bank", "deep_recent", "teacher", "anchor", "merge", "average", "scarce_recent", "dream")
+        for key in (*shares, "on_policy", "floor", "balance"):
             share(key, getattr(self, key))
+        at_least("slots", self.slots, 0)
+        if self.on_policy and not (self.teacher or self.anchor):
+            raise ValueError("on_policy needs a guide; give teacher or anchor a weight")
 
 
 @dataclass(frozen=True)
@@ -180,7 +190,10 @@ METHODS: Dict[str, Method] = {
     "circadian_one_night": _night(rounds=1, recent=0.7),
     "circadian_own_schedules": _night(cycle=False),
     "circadian_teacher": _night(teacher=0.3),
-    "circadian_anchor": _night(anchor=0.3, scarce=False),
+    "circadian_anchor": _night(anchor=0.3, scarce=False, merge=0.0),
+    "circadian_dreams": _night(dream=0.15, scarce=False, merge=0.0),
+    "circadian_on_policy": _night(teacher=0.3, on_policy=0.25),
+    "circadian_slots": _night(slots=16),
     "circadian_no_merging": _night(merge=0.0),
     "circadian_merging": _night(merge=0.15, scarce=False),
     "circadian_unbalanced": _night(balance=0.0),

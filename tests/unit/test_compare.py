@@ -69,7 +69,10 @@ def test_only_train_and_valid_of_a_folder_are_read(folder: Path, material: Mater
     assert not {row.tobytes() for row in judged} & {row.tobytes() for row in gate}
 
 
-@pytest.mark.parametrize("name", sorted(n for n in METHODS if not n.startswith("circadian_")))
+PARTS = ("circadian_dreams", "circadian_on_policy", "circadian_slots", "circadian_teacher", "circadian_anchor")
+
+
+@pytest.mark.parametrize("name", [*sorted(n for n in METHODS if not n.startswith("circadian_")), *PARTS])
 def test_every_method_spends_the_same_and_stores_no_more_than_it_may(
     name: str, cfg: Config, material: Material, tmp_path: Path
 ) -> None:
@@ -228,12 +231,39 @@ def test_merging_is_weighted_by_what_the_store_lost(cfg: Config, material: Mater
             for parameter in live.model.parameters():
                 parameter.add_(1.0)
         live._merge()
-    assert whole.scarcity == 0 < small.scarcity < 1
+    assert whole.asleep.scarcity == 0 < small.asleep.scarcity < 1
     for name, anchor in whole.anchor.named_parameters():
         assert torch.equal(dict(whole.model.named_parameters())[name], anchor + 1.0)
     for name, anchor in small.anchor.named_parameters():
         left = dict(small.model.named_parameters())[name] - anchor
-        torch.testing.assert_close(left, torch.full_like(left, 1 - 0.5 * small.scarcity))
+        torch.testing.assert_close(left, torch.full_like(left, 1 - 0.5 * small.asleep.scarcity))
+
+
+def test_dreams_go_on_from_stored_text_and_bring_what_the_anchor_says_of_them(
+    cfg: Config, material: Material, tmp_path: Path
+) -> None:
+    live = trainer(cfg, material, tmp_path, 2000.0, dream=0.5)
+    live.memory.add(material.base.tokens_NS, material.base.sources_N)
+    tokens_NT, logits_NTV = (torch.stack(part) for part in zip(*live.asleep._dream(), strict=True))
+    stored = {bytes(row[i : i + 16].astype("uint8")) for row in live.memory.tokens_NS for i in range(len(row) - 15)}
+    assert all(bytes(row.byte().numpy()) in stored for row in tokens_NT[:, :16])
+    with torch.no_grad():
+        torch.testing.assert_close(logits_NTV, live.anchor(tokens_NT), atol=1e-4, rtol=1e-4)
+    loss = live.asleep._dream_loss(live.model, 3)
+    assert float(loss.detach()) == pytest.approx(0.0, abs=1e-5), "a student that is the anchor has nothing to learn"
+    live.asleep.boundary()
+    assert not live.asleep.dreams, "another anchor dreams anew"
+
+
+def test_slots_train_alone_and_leave_a_plain_model(cfg: Config, material: Material, tmp_path: Path) -> None:
+    live = trainer(cfg, material, tmp_path, float("inf"), slots=4)
+    before = {n: p.detach().clone() for n, p in live.model.named_parameters()}
+    live.memory.add(material.base.tokens_NS, material.base.sources_N)
+    live.asleep.train(live.model, material.segments[0].tokens_NS, (0.5, 0.5), 4, (0, 1))
+    after = dict(live.model.named_parameters())
+    assert list(after) == list(before), "folded: the model looks as it did"
+    changed = {n for n in after if not torch.equal(after[n], before[n])}
+    assert changed and all(".levels.slow." in name for name in changed)
 
 
 def test_awake_batches_shrink_with_their_periods(cfg: Config, material: Material, tmp_path: Path) -> None:

@@ -137,6 +137,7 @@ def test_methods_are_named_singly_in_families_and_all_together() -> None:
         (lambda: Method(replay=1.5), "replay=1.5 must lie between 0 and 1"),
         (lambda: Night(wake="some"), "wake='some' is unknown"),
         (lambda: Night(rounds=0), "rounds=0 must be at least 1"),
+        (lambda: Night(on_policy=0.5), "on_policy needs a guide"),
     ],
 )
 def test_wrong_settings_are_named(build: object, said: str) -> None:

@@ -1,0 +1,208 @@
+"""What a night trains on, who guides it, what of the model trains, and what a step of it costs.
+
+Shapes: B sequences, S stored tokens (context + 1), T = S - 1 predicted tokens, V vocabulary, N sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Iterator, List, Optional, Tuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nl_model.distillation import forward_kl
+from nl_model.generate import Reader, SamplingConfig, sample
+from nl_model.model import NestedLM
+from nl_model.optim.levelwise import build_optimizer
+from nl_model.slots import fold, remove_slots, slotted
+from pipelines.compare.config import Night
+from pipelines.compare.memory import Memory
+from pipelines.compare.meter import Meter
+from pipelines.compare.pulls import frozen_copy
+from pipelines.config import Config
+from pipelines.lesson import Lesson
+from pipelines.sleep import learning_rate
+from pipelines.student import Expansion, expand, student_step_flops
+
+DREAMS_AT_ONCE, DREAM_PROMPT = 128, 16
+"""Dreams are made this many at a time, each from so many tokens of stored text."""
+
+
+class NightTrainer:
+    """Trains a model asleep, in place, on one day's text and a memory.
+
+    Args:
+        lr: peak step size.
+        memory: what is replayed.
+        anchor: the model that the last source left behind; its weights change at boundaries only.
+    """
+
+    def __init__(
+        self, cfg: Config, night: Night, lr: float, seed: int, memory: Memory, meter: Meter, anchor: NestedLM
+    ) -> None:
+        self.cfg, self.night, self.lr, self.seed = cfg, night, lr, seed
+        self.memory, self.meter, self.anchor = memory, meter, anchor
+        self.size, self.context = cfg.sleep.batch, cfg.model.context
+        self.optimizer_config = replace(cfg.sleep.optimizer, lr=lr)
+        self.optimizer: Optional[torch.optim.Optimizer] = None
+        self.random = np.random.default_rng([seed, 5])
+        self.dreams: List[Tuple[Tensor, Tensor]] = []
+        self.dreams_due, self.rounds = 0.0, 0
+        receivers = [name for name, level in cfg.levels.items() if level.owner == "pool"] if night.slots else []
+        self.receivers = receivers
+        mode, said = "slots" if night.slots else "all", min(cfg.sleep.continuation, self.context // 2)
+        self.mode = replace(cfg.sleep, mode=mode, slots=1, slot_rank=night.slots or 1, continuation=said)
+        self.full = student_step_flops(anchor, Expansion(receivers), self.mode)
+
+    @property
+    def scarcity(self) -> float:
+        """Share of all sequences seen that the memory does not hold."""
+        return 1.0 - len(self.memory) / max(1, self.memory.seen)
+
+    @property
+    def pull(self) -> float:
+        """Factor of what the last boundary's model weighs."""
+        return self.scarcity if self.night.scarce else 1.0
+
+    def step_flops(self, recent: float) -> float:
+        """FLOPs of one step with this share of recent experience, guides included: at most that where text is said."""
+        night, old = self.night, 1 - recent
+        guided = recent * bool(night.teacher) + old * bool(night.anchor * self.pull)
+        passes = guided + night.on_policy + old * night.dream * self.pull
+        return self.size * self.context * (self.full + passes * self.meter.forward)
+
+    def boundary(self) -> None:
+        """The anchor has changed: what it dreamt before is of no use any more."""
+        self.dreams = []
+
+    def forget_moments(self) -> None:
+        """Begin the next round without the optimizer's moments."""
+        self.optimizer = None
+
+    def train(
+        self, student: NestedLM, recent_NS: np.ndarray, shares: Tuple[float, float], steps: int, place: Tuple[int, int]
+    ) -> float:
+        """One round; returns the FLOPs it took.
+
+        Args:
+            student: what it is trained from; all levels train, or new slots that are folded in at the end.
+            shares: of recent experience in a batch, at the start and at the end.
+            place: (number of the round, rounds) under one schedule of the step size.
+        """
+        night, device = self.night, student.embedding.weight.device
+        self.rounds += 1
+        teacher = frozen_copy(student) if night.teacher else None
+        pull = night.anchor * self.pull
+        weights = replace(self.mode, teacher=night.teacher, anchor=pull, on_policy=night.on_policy)
+        trained = self._prepare(student)
+        seed = 100_003 * self.seed + self.rounds
+        lesson = Lesson(weights, steps, seed, student, teacher, self.anchor if pull else None)
+        order, average, dreamt = _passes_over(len(recent_NS), self.random), _Average(student), 0
+        for step, number in enumerate(self._recent_counts(steps, *shares).tolist()):
+            mine, dreams = [next(order) for _ in range(number)], self._due(self.size - number)
+            old = self.memory.draw(self.size - number - dreams, night.balance)
+            rows = np.concatenate([recent_NS[mine], self.memory.tokens_NS[old]]) if len(old) else recent_NS[mine]
+            tokens_BS = torch.from_numpy(rows).to(device)
+            recent_B = torch.arange(len(rows), device=device) < number
+            loss, _ = lesson.loss(step, student, tokens_BS, recent_B, np.arange(len(rows)))
+            if dreams:
+                loss = loss * (1 - dreams / self.size) + self._dream_loss(student, dreams) * (dreams / self.size)
+                dreamt += dreams
+            self._update(loss, trained, place[0] * steps + step, place[1] * steps)
+            if night.average and step >= steps * (1 - night.average):
+                average.add(student)
+        average.load()
+        self._finish(student)
+        said = dreamt * self.context  # one pass makes a dream and says what the anchor makes of it
+        return float((lesson.trained + said) * self.full + (lesson.passed + said) * self.meter.forward)
+
+    def _prepare(self, student: NestedLM) -> List[nn.Parameter]:
+        """What trains, with an optimizer over it."""
+        expansion = expand(student, self.receivers, self.mode, 100_003 * self.seed + self.rounds)
+        frozen = set(expansion.frozen)
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        trained = [p for p in student.parameters() if p.requires_grad]
+        if self.optimizer is None or self.receivers or not self.night.keep_moments:
+            self.optimizer = build_optimizer(trained, self.optimizer_config)
+        return trained
+
+    def _finish(self, student: NestedLM) -> None:
+        """Fold slots into the weights beside them: after a night the model looks as before."""
+        for level in (r for r in self.receivers if slotted(student, r)):
+            fold(student, level)
+        remove_slots(student)
+
+    def _update(self, loss: Tensor, trained: List[nn.Parameter], step: int, steps: int) -> None:
+        assert self.optimizer is not None
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, self.optimizer_config.clip or float("inf"))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.lr, step, steps, floor=self.night.floor)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _recent_counts(self, steps: int, first: float, last: float) -> np.ndarray:
+        """Recent sequences in each step's batch (steps,), from one share to another."""
+        if not len(self.memory):
+            first = last = 1.0
+        wanted = np.cumsum(self.size * np.linspace(first, last, steps))
+        return np.diff(np.floor(wanted + 0.5), prepend=0).astype(int)
+
+    def _due(self, old: int) -> int:
+        """How many of a batch's old sequences are dreamt; exact over time for any share."""
+        self.dreams_due += old * self.night.dream * self.pull
+        dreams = min(int(self.dreams_due), old, self.size - 1)
+        self.dreams_due -= dreams
+        return dreams
+
+    def _dream_loss(self, student: NestedLM, number: int) -> Tensor:
+        """Divergence of the student from the anchor on what the anchor dreams of stored text, nats per token."""
+        while len(self.dreams) < number:
+            self.dreams += self._dream()
+        taken, self.dreams = self.dreams[:number], self.dreams[number:]
+        tokens_BT, guide_BTV = (torch.stack(part) for part in zip(*taken, strict=True))
+        return forward_kl(student(tokens_BT), guide_BTV).mean()
+
+    def _dream(self) -> List[Tuple[Tensor, Tensor]]:
+        """Continuations of stored text by the anchor: tokens (T,), and its logits (T, V) for what follows each."""
+        device, size = self.anchor.embedding.weight.device, min(DREAM_PROMPT, self.context)
+        rows_NS = self.memory.tokens_NS[self.memory.draw(DREAMS_AT_ONCE, self.night.balance)]
+        starts_N = self.random.integers(self.context + 1 - size, size=len(rows_NS), endpoint=True)
+        prompts = [row[start : start + size] for row, start in zip(rows_NS, starts_N, strict=True)]
+        generator = torch.Generator(device).manual_seed(int(self.random.integers(1 << 62)))
+        reader, said = Reader(self.anchor, len(prompts)), [torch.from_numpy(np.stack(prompts)).to(device)]
+        logits = [reader.feed(said[0])]
+        while reader.position < self.context:
+            said.append(sample(logits[-1][:, -1], SamplingConfig(), generator)[:, None])
+            logits.append(reader.feed(said[-1]))
+        return list(zip(torch.cat(said, 1), torch.cat(logits, 1), strict=True))
+
+
+class _Average:
+    """Running mean of a model's weights; without any, the weights stay."""
+
+    def __init__(self, model: NestedLM) -> None:
+        self.model, self.count, self.mean = model, 0, list[Tensor]()
+
+    @torch.no_grad()
+    def add(self, model: NestedLM) -> None:
+        now = [p.detach() for p in model.parameters()]
+        self.count += 1
+        if self.count == 1:
+            self.mean = [p.clone() for p in now]
+        else:
+            torch._foreach_lerp_(self.mean, now, 1.0 / self.count)
+
+    @torch.no_grad()
+    def load(self) -> None:
+        for parameter, mean in zip(self.model.parameters(), self.mean or list(self.model.parameters()), strict=True):
+            parameter.copy_(mean)
+
+
+def _passes_over(rows: int, random: np.random.Generator) -> Iterator[int]:
+    """Indices of all rows in a fresh order, again and again."""
+    while True:
+        yield from random.permutation(rows)
