@@ -10,7 +10,7 @@ import argparse
 import difflib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,7 +26,7 @@ from pipelines.report import Line, duration, headline, read_summary, source_line
 README = Path(__file__).resolve().parents[1] / "README.md"
 KEPT = Path(__file__).parent / "results" / "default-run.json"
 MODEL = KEPT.with_name("model.json")
-COMPARISON = KEPT.with_name("compare-s5.json")
+COMPARISONS = (KEPT.with_name("compare-s5.json"), KEPT.with_name("compare-s5-cap5.json"))
 LEFT_OUT = ("stream_cursor", "quarantined")
 """Keys of summary.json that are long, or name files of the machine the run was made on."""
 PHASES = ("base", "stream", "control")
@@ -145,16 +145,25 @@ def render_model(figures: Mapping[str, Any]) -> str:
     )
 
 
-def render_comparison(outcome: Mapping[str, Any]) -> str:
-    """Markdown: Circadian's lead over every method, by regime, from what `circadian compare --out` wrote."""
-    regimes = outcome["regimes"]
-    names = sorted(next(iter(regimes.values()))["mean_final_bpb"].items(), key=lambda item: item[1])
-    rows = [[f"`{name}`", *(_lead(found, name) for found in regimes.values())] for name, _ in names]
+def render_comparison(*outcomes: Mapping[str, Any]) -> str:
+    """Markdown: Circadian's lead over every method, by regime, from what `circadian compare --out` wrote.
+
+    Args:
+        outcomes: of one stream, in different regimes; the first one's figures order the methods.
+    """
+    regimes = {name: found for outcome in outcomes for name, found in outcome["regimes"].items()}
+    finals = [found["mean_final_bpb"] for found in regimes.values()]
+    names = list(dict.fromkeys(name for final in finals for name in sorted(final, key=lambda n: final[n])))
+    rows = [[f"`{name}`", *(_lead(found, name) for found in regimes.values())] for name in names]
     table = markdown_table(["final bits per byte (Circadian's lead, 95 %)", *map(heading, regimes)], rows)
-    cells = f"{len(outcome['seeds'])} seeds x {len(outcome['orders'])} orders"
+    made = "\n".join(
+        f"* {', '.join(map(heading, o['regimes']))}: {len(o['seeds'])} seeds x {len(o['orders'])} orders. Made by "
+        f"`{o['command']}`."
+        for o in outcomes
+    )
     return (
-        f"{table}\n\nMeans over {cells}, equal FLOPs and stored bytes; learning, forgetting, online loss and plots: "
-        f"benchmarks/results/compare-s5.md. Made by `{outcome['command']}`."
+        f"{table}\n\nMeans at equal FLOPs and stored bytes; learning, forgetting, online loss and plots: "
+        f"benchmarks/results/compare-s5.md and the pages beside it.\n{made}"
     )
 
 
@@ -168,16 +177,19 @@ def _lead(found: Mapping[str, Any], name: str) -> str:
     return f"{value:.3f} ({-lead['mean']:+.3f}, {-lead['high']:+.3f} .. {-lead['low']:+.3f})"
 
 
-BLOCKS = {"model": (MODEL, render_model), "compare": (COMPARISON, render_comparison)}
-"""Tables of README.md that come from one file each, by marker; left as they are where the file is missing."""
+BLOCKS: dict[str, tuple[tuple[Path, ...], Callable[..., str]]] = {
+    "model": ((MODEL,), render_model),
+    "compare": (COMPARISONS, render_comparison),
+}
+"""Tables of README.md that come from kept figures, by marker; left as they are where none of the files is there."""
 
 
 def filled(readme: str, kept: Mapping[str, Any], results: str, blocks: bool = False) -> str:
     """README.md as text with its tables; `blocks`: those of `BLOCKS` too."""
     text = fill(fill(readme, "results", render_results(kept)), "bench", render_bench(results))
-    for name, (path, render) in BLOCKS.items() if blocks else ():
-        if path.is_file():
-            text = fill(text, name, render(json.loads(path.read_text(encoding="utf-8"))))
+    for name, (paths, render) in BLOCKS.items() if blocks else ():
+        if found := [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]:
+            text = fill(text, name, render(*found))
     return text
 
 
