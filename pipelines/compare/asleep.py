@@ -6,7 +6,7 @@ Shapes: B sequences, S stored tokens (context + 1), T = S - 1 predicted tokens, 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Iterator, List, Optional, Tuple
+from typing import Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -26,8 +26,11 @@ from pipelines.lesson import Lesson
 from pipelines.sleep import learning_rate
 from pipelines.student import Expansion, expand, student_step_flops
 
-DREAMS_AT_ONCE, DREAM_PROMPT = 128, 16
-"""Dreams are made this many at a time, each from so many tokens of stored text."""
+DREAM_PROMPT = 16
+"""Tokens of stored text that a dream begins with."""
+
+Dream = Tuple[Tensor, Tensor]
+"""Tokens (T,), and the anchor's logits (T, V) for what follows each of them."""
 
 
 class NightTrainer:
@@ -48,7 +51,6 @@ class NightTrainer:
         self.optimizer_config = replace(cfg.sleep.optimizer, lr=lr)
         self.optimizer: Optional[torch.optim.Optimizer] = None
         self.random = np.random.default_rng([seed, 5])
-        self.dreams: List[Tuple[Tensor, Tensor]] = []
         self.dreams_due, self.rounds = 0.0, 0
         receivers = [name for name, level in cfg.levels.items() if level.owner == "pool"] if night.slots else []
         self.receivers = receivers
@@ -73,10 +75,6 @@ class NightTrainer:
         passes = guided + night.on_policy + old * night.dream * self.pull
         return self.size * self.context * (self.full + passes * self.meter.forward)
 
-    def boundary(self) -> None:
-        """The anchor has changed: what it dreamt before is of no use any more."""
-        self.dreams = []
-
     def forget_moments(self) -> None:
         """Begin the next round without the optimizer's moments."""
         self.optimizer = None
@@ -99,23 +97,22 @@ class NightTrainer:
         trained = self._prepare(student)
         seed = 100_003 * self.seed + self.rounds
         lesson = Lesson(weights, steps, seed, student, teacher, self.anchor if pull else None)
-        order, average, dreamt = _passes_over(len(recent_NS), self.random), _Average(student), 0
-        for step, number in enumerate(self._recent_counts(steps, *shares).tolist()):
-            mine, dreams = [next(order) for _ in range(number)], self._due(self.size - number)
+        order, numbers = _passes_over(len(recent_NS), self.random), self._recent_counts(steps, *shares).tolist()
+        due = [self._due(self.size - number) for number in numbers]
+        dreamt = iter(self._dream(sum(due)))  # of one round: nothing of it is stored
+        for step, (number, dreams) in enumerate(zip(numbers, due, strict=True)):
+            mine = [next(order) for _ in range(number)]
             old = self.memory.draw(self.size - number - dreams, night.balance)
             rows = np.concatenate([recent_NS[mine], self.memory.tokens_NS[old]]) if len(old) else recent_NS[mine]
             tokens_BS = torch.from_numpy(rows).to(device)
             recent_B = torch.arange(len(rows), device=device) < number
             loss, _ = lesson.loss(step, student, tokens_BS, recent_B, np.arange(len(rows)))
             if dreams:
-                loss = loss * (1 - dreams / self.size) + self._dream_loss(student, dreams) * (dreams / self.size)
-                dreamt += dreams
+                dreamt_loss = dream_loss(student, [next(dreamt) for _ in range(dreams)])
+                loss = loss * (1 - dreams / self.size) + dreamt_loss * (dreams / self.size)
             self._update(loss, trained, place[0] * steps + step, place[1] * steps)
-            if night.average and step >= steps * (1 - night.average):
-                average.add(student)
-        average.load()
         self._finish(student)
-        said = dreamt * self.context  # one pass makes a dream and says what the anchor makes of it
+        said = sum(due) * self.context  # one pass makes a dream and says what the anchor makes of it
         return float((lesson.trained + said) * self.full + (lesson.passed + said) * self.meter.forward)
 
     def _prepare(self, student: NestedLM) -> List[nn.Parameter]:
@@ -158,22 +155,16 @@ class NightTrainer:
         self.dreams_due -= dreams
         return dreams
 
-    def _dream_loss(self, student: NestedLM, number: int) -> Tensor:
-        """Divergence of the student from the anchor on what the anchor dreams of stored text, nats per token."""
-        while len(self.dreams) < number:
-            self.dreams += self._dream()
-        taken, self.dreams = self.dreams[:number], self.dreams[number:]
-        tokens_BT, guide_BTV = (torch.stack(part) for part in zip(*taken, strict=True))
-        return forward_kl(student(tokens_BT), guide_BTV).mean()
-
-    def _dream(self) -> List[Tuple[Tensor, Tensor]]:
-        """Continuations of stored text by the anchor: tokens (T,), and its logits (T, V) for what follows each."""
+    def _dream(self, number: int) -> List[Dream]:
+        """Continuations of stored text by the anchor."""
+        if not number:
+            return []
         device, size = self.anchor.embedding.weight.device, min(DREAM_PROMPT, self.context)
-        rows_NS = self.memory.tokens_NS[self.memory.draw(DREAMS_AT_ONCE, self.night.balance)]
-        starts_N = self.random.integers(self.context + 1 - size, size=len(rows_NS), endpoint=True)
+        rows_NS = self.memory.tokens_NS[self.memory.draw(number, self.night.balance)]
+        starts_N = self.random.integers(self.context + 1 - size, size=number, endpoint=True)
         prompts = [row[start : start + size] for row, start in zip(rows_NS, starts_N, strict=True)]
         generator = torch.Generator(device).manual_seed(int(self.random.integers(1 << 62)))
-        reader, said = Reader(self.anchor, len(prompts)), [torch.from_numpy(np.stack(prompts)).to(device)]
+        reader, said = Reader(self.anchor, number), [torch.from_numpy(np.stack(prompts)).to(device)]
         logits = [reader.feed(said[0])]
         while reader.position < self.context:
             said.append(sample(logits[-1][:, -1], SamplingConfig(), generator)[:, None])
@@ -181,25 +172,10 @@ class NightTrainer:
         return list(zip(torch.cat(said, 1), torch.cat(logits, 1), strict=True))
 
 
-class _Average:
-    """Running mean of a model's weights; without any, the weights stay."""
-
-    def __init__(self, model: NestedLM) -> None:
-        self.model, self.count, self.mean = model, 0, list[Tensor]()
-
-    @torch.no_grad()
-    def add(self, model: NestedLM) -> None:
-        now = [p.detach() for p in model.parameters()]
-        self.count += 1
-        if self.count == 1:
-            self.mean = [p.clone() for p in now]
-        else:
-            torch._foreach_lerp_(self.mean, now, 1.0 / self.count)
-
-    @torch.no_grad()
-    def load(self) -> None:
-        for parameter, mean in zip(self.model.parameters(), self.mean or list(self.model.parameters()), strict=True):
-            parameter.copy_(mean)
+def dream_loss(student: NestedLM, dreams: Sequence[Dream]) -> Tensor:
+    """Divergence of the student from the anchor on what the anchor dreamt, mean nats per token."""
+    tokens_BT, guide_BTV = (torch.stack(part) for part in zip(*dreams, strict=True))
+    return forward_kl(student(tokens_BT), guide_BTV).mean()
 
 
 def _passes_over(rows: int, random: np.random.Generator) -> Iterator[int]:

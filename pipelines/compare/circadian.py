@@ -104,7 +104,6 @@ class CircadianTrainer:
                 first = days[-1][0] if self._recent_share() else 0
                 self._deep_sleep(segment.tokens_NS[first:])
             _copy_weights(self.model, self.anchor)
-            self.asleep.boundary()
             self.trace.score(self.model, self.position)
         self.trace.notes.update(rounds=self.rounds, rejected=self.rejected)
         return self.trace

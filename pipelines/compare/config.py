@@ -79,8 +79,6 @@ class Night:
     """Share of steps in which the student continues its batch itself and is measured on what it said."""
     slots: int = 0
     """Rank of the low-rank slots that a night trains and then folds into the pool's levels; 0: all weights train."""
-    average: float = 0.0
-    """Share of a round's last steps whose weights are averaged into the candidate; 0: the last weights."""
     gate: bool = True
     """Judge candidates, where the text for it fits into a tenth of the store; a rejected one is thrown away, its FLOPs
     are spent."""
@@ -102,7 +100,7 @@ class Night:
         at_least("rounds", self.rounds, 1)
         at_least("deep_every", self.deep_every, 0)
         at_least("deep_passes", self.deep_passes, 0)
-        shares = ("recent", "bank", "deep_recent", "teacher", "anchor", "merge", "average", "scarce_recent", "dream")
+        shares = ("recent", "bank", "deep_recent", "teacher", "anchor", "merge", "scarce_recent", "dream")
         for key in (*shares, "on_policy", "floor", "balance"):
             share(key, getattr(self, key))
         at_least("slots", self.slots, 0)
@@ -127,7 +125,7 @@ class Method:
     der: float = 0.0
     """Weight of distillation from stored log-probabilities on replayed text (DER++)."""
     der_top: int = 8
-    """Log-probabilities stored per token."""
+    """Log-probabilities stored per token; fewer where a batch of sequences would not fit into the store."""
     ema: float = 0.0
     """Decay per step of the averaged weights that are scored; 0: the trained ones."""
     merge: float = 0.0
@@ -138,6 +136,8 @@ class Method:
     """Inner steps per outer update."""
     balance: float = 0.0
     """0: replay every stored sequence equally often. 1: every source equally often."""
+    joins: int = 1
+    """Times per source that new text joins what is replayed, where it is not held for more passes; 1: at its end."""
     lora: int = 0
     """Rank of the adapters that train, merged at boundaries; 0: all weights train."""
     night: Night = field(default_factory=Night)
@@ -150,6 +150,7 @@ class Method:
             share(key, getattr(self, key))
         at_least("ewc", self.ewc, 0)
         at_least("lora", self.lora, 0)
+        at_least("joins", self.joins, 1)
 
     @property
     def keeps_data(self) -> bool:
@@ -178,14 +179,14 @@ METHODS: Dict[str, Method] = {
     "der": replace(REPLAY, der=0.3),
     "ewc": Method(ewc=0.1),
     "lwf": Method(lwf=0.3),
-    "ema": Method(ema=0.998),
+    "ema": Method(ema=0.99),
     "mer": replace(REPLAY, reptile=0.7),
     "lora": Method(lora=16),
     "one_frequency": _night(wake="all"),
     "sleep_as_replay": _night(online=True, bank=0.0),
     "circadian_no_wake": _night(wake="none"),
     "circadian_no_gate": _night(gate=False),
-    "circadian_no_replay": _night(recent=1.0, deep_recent=1.0),
+    "circadian_no_replay": _night(recent=1.0, scarce_recent=1.0, deep_recent=1.0),
     "circadian_no_deep_sleep": _night(bank=0.0),
     "circadian_one_night": _night(rounds=1, recent=0.7),
     "circadian_own_schedules": _night(cycle=False),
@@ -198,18 +199,21 @@ METHODS: Dict[str, Method] = {
     "circadian_no_merging": _night(merge=0.0),
     "circadian_merging": _night(merge=0.15, scarce=False, dream=0.0),
     "circadian_unbalanced": _night(balance=0.0),
-    "circadian_averaged": _night(average=0.3),
 }
 """The methods by name; circadian_* change one setting of circadian."""
 VARIANTS: Dict[str, Dict[str, Method]] = {
     "naive": {"rewarm": Method(), "constant": Method(schedule="constant")},
-    "replay_tuned": {f"{rate:.0%}": replace(REPLAY, replay=rate) for rate in (0.65, 0.4, 0.8)},
+    "replay_tuned": {
+        **{f"{rate:.0%}": replace(REPLAY, replay=rate) for rate in (0.65, 0.4, 0.8)},
+        **{f"{rate:.0%} balanced": replace(REPLAY, replay=rate, balance=0.5, joins=16) for rate in (0.65, 0.8)},
+        "65% joining": replace(REPLAY, replay=0.65, joins=16),
+    },
     "replay_merged": {f"{weight:g}": replace(REPLAY, merge=weight) for weight in (0.25, 0.1)},
     "replay_balanced": {f"{power:g}": replace(REPLAY, balance=power) for power in (0.5, 1.0)},
     "der": {f"{weight:g}": replace(REPLAY, der=weight) for weight in (0.3, 0.1, 0.03)},
     "ewc": {f"{strength:g}": Method(ewc=strength) for strength in (0.1, 0.01, 1.0)},
     "lwf": {f"{weight:g}": Method(lwf=weight) for weight in (0.3, 0.6, 0.85)},
-    "ema": {"ema 0.998": Method(ema=0.998), "ema 0.9995": Method(ema=0.9995), "merge": Method(merge=0.5)},
+    "ema": {"ema 0.99": Method(ema=0.99), "ema 0.998": Method(ema=0.998), "merge": Method(merge=0.5)},
     "mer": {f"{step:g}": replace(REPLAY, reptile=step) for step in (0.7, 0.3)},
     "lora": {f"rank {rank}": Method(lora=rank) for rank in (16, 64)},
 }

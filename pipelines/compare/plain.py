@@ -85,7 +85,8 @@ class PlainTrainer:
         self.adapters = adapt(self.model, method.lora, generator) if method.lora else []
         self.optimizer_config = replace(cfg.sleep.optimizer, lr=lr)
         self.optimizer = self._optimizer()
-        self.memory = Memory(capacity, TOP_BYTES * method.der_top if method.der else 0, seed)
+        self.top = _fitting_top(method, capacity, self.size * (self.width - 1)) if method.der else 0
+        self.memory = Memory(capacity, TOP_BYTES * self.top, seed)
         self.elastic = ElasticWeights(self.model, method.ewc) if method.ewc else None
         self.average = AverageWeights(self.model, method.ema) if method.ema else None
         self.teacher = frozen_copy(self.model) if method.lwf else None
@@ -167,7 +168,8 @@ class PlainTrainer:
     def _window(self, rows: int) -> int:
         """Sequences of the present stretch to hold at a time."""
         share = self._window_share
-        return max(self.size, min(rows, self.memory.rows(self.width, share))) if share else rows
+        stretch = -(-rows // self.method.joins)
+        return max(self.size, min(stretch, self.memory.rows(self.width, share))) if share else max(self.size, stretch)
 
     def _batch(self, segment: Segment, places: List[int]) -> Batch:
         number = self.size - len(places)
@@ -224,7 +226,7 @@ class PlainTrainer:
         position = self.position + (max(places) + 1) * (self.width - 1)
         self.trace.saw(position, nll_BT[fresh], segment.bytes_N[places])
         if self.method.der:
-            ids, logs = keep_top(logits_BTV[fresh], self.method.der_top)
+            ids, logs = keep_top(logits_BTV[fresh], self.top)
             for place, i, log in zip(places, ids.cpu().numpy(), logs.cpu().numpy(), strict=True):
                 self.kept[place] = (i, log)
 
@@ -262,7 +264,7 @@ class PlainTrainer:
         parts = []
         for start in range(0, len(tokens_NS), 32):
             tokens = torch.from_numpy(tokens_NS[start : start + 32]).to(self.device)
-            parts.append(keep_top(self.model(tokens[:, :-1]), self.method.der_top))
+            parts.append(keep_top(self.model(tokens[:, :-1]), self.top))
         self.unpaid = {row.tobytes() for row in tokens_NS}
         ids, logs = (torch.cat([p[i] for p in parts]).cpu().numpy() for i in (0, 1))
         return ids, logs
@@ -323,6 +325,14 @@ def learning_rate_of(trainer: PlainTrainer, step: int, steps: int) -> float:
     if trainer.method.schedule == "rewarm":
         return learning_rate(trainer.lr, step, steps)
     return trainer.lr * min(1.0, (trainer.steps_done + 1) / WARM_STEPS)
+
+
+def _fitting_top(method: Method, capacity: float, batch: int) -> int:
+    """Log-probabilities per token, halved until a batch of so many tokens fits into the bytes, or one is left."""
+    top = method.der_top
+    while top > 1 and batch * (1 + TOP_BYTES * top) > capacity:
+        top //= 2
+    return top
 
 
 def _new_counts(steps: int, size: int, replay: float) -> np.ndarray:

@@ -12,10 +12,12 @@ import torch
 from typer.testing import CliRunner
 
 from cluster.cli import app
+from pipelines.compare.asleep import dream_loss
 from pipelines.compare.circadian import CircadianTrainer
 from pipelines.compare.config import EXTRA_RATES, METHODS, REGIMES, Method, Night, Options
 from pipelines.compare.material import Material, load_material, stream_of_folder
 from pipelines.compare.meter import Meter
+from pipelines.compare.plain import PlainTrainer
 from pipelines.compare.runner import Comparison
 from pipelines.compare.trial import Key, Workshop
 from pipelines.config import Config
@@ -244,15 +246,40 @@ def test_dreams_go_on_from_stored_text_and_bring_what_the_anchor_says_of_them(
 ) -> None:
     live = trainer(cfg, material, tmp_path, 2000.0, dream=0.5)
     live.memory.add(material.base.tokens_NS, material.base.sources_N)
-    tokens_NT, logits_NTV = (torch.stack(part) for part in zip(*live.asleep._dream(), strict=True))
+    dreams = live.asleep._dream(9)
+    tokens_NT, logits_NTV = (torch.stack(part) for part in zip(*dreams, strict=True))
     stored = {bytes(row[i : i + 16].astype("uint8")) for row in live.memory.tokens_NS for i in range(len(row) - 15)}
-    assert all(bytes(row.byte().numpy()) in stored for row in tokens_NT[:, :16])
+    assert len(tokens_NT) == 9 and all(bytes(row.byte().numpy()) in stored for row in tokens_NT[:, :16])
     with torch.no_grad():
         torch.testing.assert_close(logits_NTV, live.anchor(tokens_NT), atol=1e-4, rtol=1e-4)
-    loss = live.asleep._dream_loss(live.model, 3)
+    loss = dream_loss(live.model, dreams[:3])
     assert float(loss.detach()) == pytest.approx(0.0, abs=1e-5), "a student that is the anchor has nothing to learn"
-    live.asleep.boundary()
-    assert not live.asleep.dreams, "another anchor dreams anew"
+
+
+def test_every_dream_that_is_made_is_paid_for(cfg: Config, material: Material, tmp_path: Path) -> None:
+    live = trainer(cfg, material, tmp_path, 2000.0, dream=0.5)
+    live.memory.add(material.base.tokens_NS, material.base.sources_N)
+    meter, made = live.meter, []
+    dream = live.asleep._dream
+    live.asleep._dream = lambda number: made.append(number) or dream(number)  # type: ignore[method-assign,func-returns-value]
+    spent = live.asleep.train(live.model, material.segments[0].tokens_NS, (0.5, 0.5), 8, (0, 1))
+    tokens = 8 * 4 * 32
+    assert sum(made) == int(8 * 2 * 0.5 * live.asleep.scarcity) > 0
+    assert spent == tokens * meter.full + sum(made) * 32 * meter.forward
+    assert spent <= 8 * live.asleep.step_flops(0.5) * 1.001
+
+
+def test_new_text_joins_what_is_replayed_as_often_as_asked(cfg: Config, material: Material, tmp_path: Path) -> None:
+    weights = Workshop(tmp_path, cfg).base(material, 0, scratch=False)
+    method = Method(replay=0.5, joins=4)
+    plain = PlainTrainer(material, method, 2e-3, 2.0, float("inf"), 0, weights, torch.device("cpu"))
+    plain.memory.add(material.base.tokens_NS, material.base.sources_N)
+    sizes, step = [], plain._step
+    plain._step = lambda *a: (sizes.append(len(plain.memory)), step(*a))  # type: ignore[method-assign,assignment,func-returns-value]
+    plain._learn(material.segments[0])
+    rows = len(material.segments[0].tokens_NS)
+    assert len(set(sizes)) == 4 and sizes == sorted(sizes), "it grows within the source"
+    assert len(plain.memory) == len(material.base.tokens_NS) + rows
 
 
 def test_slots_train_alone_and_leave_a_plain_model(cfg: Config, material: Material, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pipelines.compare.config import METHODS, REGIMES, VARIANTS, Method, Night, Options
 from pipelines.compare.material import order_sources
 from pipelines.compare.memory import TOP_BYTES, Memory
-from pipelines.compare.plain import _new_counts, _visits
+from pipelines.compare.plain import _fitting_top, _new_counts, _visits
 from pipelines.compare.pulls import keep_top, top_divergence
 from pipelines.compare.runner import names
 from pipelines.compare.statistics import gap_closed, interval, paired, slope
@@ -112,6 +112,12 @@ def test_intervals_cover_and_pairs_cancel_what_they_share() -> None:
     assert slope([1.0, 2.0, 3.0, 4.0])["slope"] == pytest.approx(1.0)
 
 
+def test_stored_log_probabilities_shrink_with_the_store() -> None:
+    # 8 sequences of 256 tokens: 8 log-probabilities beside each take 66 KiB, 1 takes 10 KiB.
+    tops = [_fitting_top(METHODS["der"], capacity, 8 * 256) for capacity in (float("inf"), 70e3, 40e3, 20e3, 4e3)]
+    assert tops == [8, 8, 4, 2, 1]
+
+
 def test_orders_are_permutations_and_unknown_ones_are_named() -> None:
     sources = ["a", "b", "c", "d"]
     assert order_sources(sources, "A") == sources and order_sources(sources, "reverse") == sources[::-1]
@@ -137,6 +143,7 @@ def test_methods_are_named_singly_in_families_and_all_together() -> None:
         (lambda: Method(replay=1.5), "replay=1.5 must lie between 0 and 1"),
         (lambda: Night(wake="some"), "wake='some' is unknown"),
         (lambda: Night(rounds=0), "rounds=0 must be at least 1"),
+        (lambda: Method(joins=0), "joins=0 must be at least 1"),
         (lambda: Night(on_policy=0.5), "on_policy needs a guide"),
     ],
 )
