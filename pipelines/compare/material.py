@@ -5,7 +5,10 @@ Shapes: N sequences, S stored tokens (context + 1).
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Dict, List, Sequence, Tuple
 
@@ -51,6 +54,15 @@ class Material:
     ends: Dict[str, int]
     """Stream position in tokens behind the last sequence of each streamed source."""
     vocab_size: int
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of all text that trials read, in its order."""
+        found = hashlib.sha256(json.dumps(self.sources).encode())
+        texts = [segment.tokens_NS for segment in (*self.segments, self.base)]
+        for array in (*texts, *(p.tokens for p in (*self.probes.values(), *self.gate_probes.values()))):
+            found.update(str(array.shape).encode() + np.ascontiguousarray(array).tobytes())
+        return found.hexdigest()
 
     @property
     def stream_bytes(self) -> int:

@@ -97,7 +97,7 @@ class Comparison:
 
         def final(variant: str, lr: float) -> float:
             options = self.options
-            key = self._key(name, variants[variant], lr, "whole", "A", options.tuning_seed)
+            key = self._key(name, variants[variant], lr, "whole", "A", options.tuning_seed, tuning=True)
             value = float(self._result(key, tuning=True)["mean_final_bpb"])
             tried.append((variant, lr, value if math.isfinite(value) else math.inf))
             return tried[-1][2]
@@ -118,10 +118,13 @@ class Comparison:
                 winner, best = variant, value
         return Chosen(variants[winner], lr, tried)
 
-    def _key(self, name: str, method: Method, lr: float, regime: str, order: str, seed: int) -> Key:
+    def _key(
+        self, name: str, method: Method, lr: float, regime: str, order: str, seed: int, tuning: bool = False
+    ) -> Key:
         if not method.keeps_data and not REGIMES[regime].asleep:
             regime = "whole"  # nothing is stored, so nothing changes
-        return Key(name, method, lr, regime, order, seed, self.options.epochs, self.options.scratch)
+        options, data = self.options, self._material(order, tuning).fingerprint
+        return Key(name, method, lr, regime, order, seed, options.epochs, options.scratch, data)
 
     def _result(self, key: Key, tuning: bool = False) -> Dict[str, Any]:
         shop = self.tuning_shop if tuning else self.shop

@@ -49,6 +49,8 @@ class Key:
     seed: int
     epochs: float
     scratch: bool
+    data: str = ""
+    """Fingerprint of the text (`Material.fingerprint`)."""
 
     def digest(self, cfg: Config) -> str:
         """Name of the trial's file: a hash over everything that decides its result (the method's name does not)."""

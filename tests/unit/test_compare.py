@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -153,6 +154,19 @@ def test_a_comparison_goes_on_where_it_was_cut_off(cfg: Config, tmp_path: Path) 
     again, same = go()
     assert len(runs) == count and again == chosen
     assert {k: r["matrix"] for k, r in same.items()} == {k: r["matrix"] for k, r in results.items()}
+
+
+def test_other_text_under_the_same_names_is_another_trial(cfg: Config, material: Material, tmp_path: Path) -> None:
+    comparison = Comparison(cfg, Options(seeds=(0,)), tmp_path, lambda *_: None)
+    before = comparison._key("naive", METHODS["naive"], 1e-3, "whole", "A", 0)
+    assert before.data == material.fingerprint == load_material(cfg, "A").fingerprint
+    segment = material.segments[0]
+    changed = segment.tokens_NS.copy()
+    changed[0, 0] ^= 1
+    edited = replace(material, segments=[replace(segment, tokens_NS=changed), *material.segments[1:]])
+    comparison.material["A", False] = edited
+    after = comparison._key("naive", METHODS["naive"], 1e-3, "whole", "A", 0)
+    assert after.digest(cfg) != before.digest(cfg)
 
 
 def test_the_command_writes_json_page_and_pictures(folder: Path, tmp_path: Path) -> None:
