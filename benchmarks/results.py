@@ -23,6 +23,7 @@ CHAPTERS = {
     "probes": "Memory probes",
     "compare-s5": "Circadian against its opponents",
     "compare-s5-cap5": "The same with a small store",
+    "compare-s5-parts": "What each part of Circadian is worth",
     "compare-tshift": "The same on a soft shift",
     "transfer": "What a night moves into the slow levels",
     "cycles": "Night after night",
