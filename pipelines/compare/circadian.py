@@ -37,7 +37,7 @@ GATE_SHARE = 0.1
 MOST_SCARCE = 0.5
 """Share of the past that may be lost for a deep sleep to pay: a few steps at a fresh step size, over a store that is
 soon known by heart, cost more than they bring (docs/LOG.md)."""
-RECENT_SHARE = 0.1
+RECENT_SHARE = 0.25
 """Share of a bounded memory that holds what was not slept on yet; one batch at least."""
 
 

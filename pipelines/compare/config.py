@@ -70,9 +70,9 @@ class Night:
     """Weight of the distribution, on old experience, of the model that the last source left behind."""
     scarce: bool = True
     """Let the anchor pull only as far as the store forgets: its weights times the share of sequences not held."""
-    merge: float = 0.35
+    merge: float = 0.45
     """Weight of that model's weights in what a source leaves behind, times the same share."""
-    dream: float = 0.5
+    dream: float = 0.0
     """Share of replayed sequences that are dreamt instead, times the same share: continuations of stored text by the
     last boundary's model, learned from what it says of them."""
     on_policy: float = 0.0
@@ -191,13 +191,12 @@ METHODS: Dict[str, Method] = {
     "circadian_one_night": _night(rounds=1, recent=0.7),
     "circadian_own_schedules": _night(cycle=False),
     "circadian_teacher": _night(teacher=0.3),
-    "circadian_anchor": _night(anchor=0.3, scarce=False, merge=0.0, dream=0.0),
+    "circadian_anchor": _night(anchor=0.3, scarce=False, merge=0.0),
     "circadian_dreams": _night(dream=0.15, scarce=False, merge=0.0),
-    "circadian_no_dreams": _night(dream=0.0),
     "circadian_on_policy": _night(teacher=0.3, on_policy=0.25),
     "circadian_slots": _night(slots=16),
     "circadian_no_merging": _night(merge=0.0),
-    "circadian_merging": _night(merge=0.15, scarce=False, dream=0.0),
+    "circadian_merging": _night(merge=0.15, scarce=False),
     "circadian_unbalanced": _night(balance=0.0),
 }
 """The methods by name; circadian_* change one setting of circadian."""
