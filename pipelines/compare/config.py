@@ -56,13 +56,13 @@ class Night:
     """The same where nothing of the past is held; in between, a mean by the share of sequences that are."""
     recent_end: float = -1.0
     """The same at the end of a night, reached linearly; negative: as at its start."""
-    bank: float = 0.3
+    bank: float = 0.45
     """Share of every night's FLOPs that is kept for a deep sleep, where the store holds most of the past."""
     deep_every: int = 0
     """Sources between two deep sleeps; 0: one, when the stream has ended."""
     deep_passes: float = 1.0
     """Most FLOPs kept for it, in passes over what is stored: a small store is soon known by heart."""
-    deep_recent: float = 0.3
+    deep_recent: float = 0.12
     """Share of recent experience in a deep sleep."""
     teacher: float = 0.0
     """Weight of the awake model's distribution on recent experience."""
@@ -204,7 +204,7 @@ VARIANTS: Dict[str, Dict[str, Method]] = {
     "naive": {"rewarm": Method(), "constant": Method(schedule="constant")},
     "replay_tuned": {
         **{f"{rate:.0%}": replace(REPLAY, replay=rate) for rate in (0.65, 0.4, 0.8)},
-        **{f"{rate:.0%} balanced": replace(REPLAY, replay=rate, balance=0.5, joins=16) for rate in (0.65, 0.8)},
+        **{f"{rate:.0%} balanced": replace(REPLAY, replay=rate, balance=0.5, joins=16) for rate in (0.65, 0.8, 0.9)},
         "65% joining": replace(REPLAY, replay=0.65, joins=16),
     },
     "replay_merged": {f"{weight:g}": replace(REPLAY, merge=weight) for weight in (0.25, 0.1)},
