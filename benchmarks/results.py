@@ -22,6 +22,7 @@ CHAPTERS = {
     "levels": "Five levels against one, two and three",
     "probes": "Memory probes",
     "compare-s5": "Circadian against its opponents",
+    "compare-s5-others": "Opponents that are far behind, one seed",
     "compare-s5-cap5": "The same with a small store",
     "compare-s5-parts": "What each part of Circadian is worth",
     "compare-tshift": "The same on a soft shift",
