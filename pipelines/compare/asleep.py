@@ -45,7 +45,7 @@ class NightTrainer:
     def __init__(
         self, cfg: Config, night: Night, lr: float, seed: int, memory: Memory, meter: Meter, anchor: NestedLM
     ) -> None:
-        self.cfg, self.night, self.lr, self.seed = cfg, night, lr, seed
+        self.night, self.lr, self.seed = night, lr, seed
         self.memory, self.meter, self.anchor = memory, meter, anchor
         self.size, self.context = cfg.sleep.batch, cfg.model.context
         self.optimizer_config = replace(cfg.sleep.optimizer, lr=lr)
@@ -94,8 +94,8 @@ class NightTrainer:
         teacher = frozen_copy(student) if night.teacher else None
         pull = night.anchor * self.pull
         weights = replace(self.mode, teacher=night.teacher, anchor=pull, on_policy=night.on_policy)
-        trained = self._prepare(student)
         seed = 100_003 * self.seed + self.rounds
+        trained = self._prepare(student, seed)
         lesson = Lesson(weights, steps, seed, student, teacher, self.anchor if pull else None)
         order, numbers = _passes_over(len(recent_NS), self.random), self._recent_counts(steps, *shares).tolist()
         due = [self._due(self.size - number) for number in numbers]
@@ -115,9 +115,9 @@ class NightTrainer:
         said = sum(due) * self.context  # one pass makes a dream and says what the anchor makes of it
         return float((lesson.trained + said) * self.full + (lesson.passed + said) * self.meter.forward)
 
-    def _prepare(self, student: NestedLM) -> List[nn.Parameter]:
-        """What trains, with an optimizer over it."""
-        expansion = expand(student, self.receivers, self.mode, 100_003 * self.seed + self.rounds)
+    def _prepare(self, student: NestedLM, seed: int) -> List[nn.Parameter]:
+        """What trains, with an optimizer over it. seed: of new slots."""
+        expansion = expand(student, self.receivers, self.mode, seed)
         frozen = set(expansion.frozen)
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(name not in frozen)

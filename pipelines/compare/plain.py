@@ -281,11 +281,11 @@ class PlainTrainer:
 
     def _expected_pay(self, steps: int) -> float:
         """FLOPs that `_pay` is going to count over so many steps, on average."""
-        self.unpaid &= {row.tobytes() for row in self.memory.tokens_NS}  # what is not stored is not drawn
-        if not self.unpaid:
+        held = self.unpaid & {row.tobytes() for row in self.memory.tokens_NS}  # what is not stored is not drawn
+        if not held:
             return 0.0
         missed = (1.0 - 1.0 / len(self.memory)) ** (steps * self.size * self.replay)
-        return float(self.meter.forward * len(self.unpaid) * (1.0 - missed) * (self.width - 1))
+        return float(self.meter.forward * len(held) * (1.0 - missed) * (self.width - 1))
 
     def _outer_step(self) -> None:
         with torch.no_grad():
