@@ -52,6 +52,8 @@ class NightTrainer:
         self.optimizer: Optional[torch.optim.Optimizer] = None
         self.random = np.random.default_rng([seed, 5])
         self.dreams_due, self.rounds = 0.0, 0
+        self.floor = night.floor
+        """Where the cosine of the present round ends, as a share of its peak."""
         receivers = [name for name, level in cfg.levels.items() if level.owner == "pool"] if night.slots else []
         self.receivers = receivers
         mode, said = "slots" if night.slots else "all", min(cfg.sleep.continuation, self.context // 2)
@@ -115,6 +117,27 @@ class NightTrainer:
         said = sum(due) * self.context  # one pass makes a dream and says what the anchor makes of it
         return float((lesson.trained + said) * self.full + (lesson.passed + said) * self.meter.forward)
 
+    def join(self, student: NestedLM, number: int, old: int, place: Tuple[int, int]) -> float:
+        """One step on gradients that are there already and on replayed sequences; returns the FLOPs of these.
+
+        Args:
+            student: its gradients are sums over `number` tokens; they are used up.
+            old: replayed sequences.
+            place: (number of the step, steps) on the schedule of the step size.
+        """
+        trained = list(student.requires_grad_(True).parameters())
+        if self.optimizer is None:
+            self.optimizer = build_optimizer(trained, self.optimizer_config)
+        total = number + old * self.context
+        for parameter in trained:
+            if parameter.grad is not None:
+                parameter.grad /= total
+        if old:
+            rows_BS = torch.from_numpy(self.memory.tokens_NS[self.memory.draw(old, self.night.balance)])
+            (student.nll(rows_BS.to(student.embedding.weight.device)).sum() / total).backward()
+        self._apply(trained, *place)
+        return float(old * self.context * self.full)
+
     def _prepare(self, student: NestedLM, seed: int) -> List[nn.Parameter]:
         """What trains, with an optimizer over it. seed: of new slots."""
         expansion = expand(student, self.receivers, self.mode, seed)
@@ -133,11 +156,14 @@ class NightTrainer:
         remove_slots(student)
 
     def _update(self, loss: Tensor, trained: List[nn.Parameter], step: int, steps: int) -> None:
-        assert self.optimizer is not None
         loss.backward()
+        self._apply(trained, step, steps)
+
+    def _apply(self, trained: List[nn.Parameter], step: int, steps: int) -> None:
+        assert self.optimizer is not None
         torch.nn.utils.clip_grad_norm_(trained, self.optimizer_config.clip or float("inf"))
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.lr, step, steps, floor=self.night.floor)
+            group["lr"] = learning_rate(self.lr, step, steps, floor=self.floor)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

@@ -41,6 +41,9 @@ RECENT_SHARE = 0.25
 """Share of a bounded memory that holds what was not slept on yet; one batch at least."""
 
 
+Gradients = List[Tuple[torch.nn.Parameter, Optional[Tensor]]]
+
+
 class CircadianTrainer:
     """Wakes and sleeps through the segments of a stream.
 
@@ -61,7 +64,8 @@ class CircadianTrainer:
         weights: Dict[str, Tensor],
         device: torch.device,
     ) -> None:
-        cfg = _with_wake_batch(material.cfg, night.wake_batch)
+        half = max(1, material.cfg.sleep.batch // 2) if night.handover else 0
+        cfg = _with_wake_batch(material.cfg, night.wake_batch or half)
         self.material, self.night, self.lr, self.epochs, self.device = material, night, lr, epochs, device
         self.cfg, self.size, self.width = cfg, cfg.sleep.batch, cfg.model.context + 1
         self.model = fresh_model(material, weights, device, cfg)
@@ -76,13 +80,13 @@ class CircadianTrainer:
         held_out = sum(probe.tokens[:, 1:].size for probe in material.gate_probes.values())
         self.gated = night.gate and held_out <= GATE_SHARE * capacity
         self.held_out = held_out if self.gated and capacity < float("inf") else 0
-        self.memory = Memory(capacity - self.held_out, 0, seed)
+        self.memory = Memory(capacity - self.held_out, 0, seed, night.fewest)
         self.live, self.anchor = frozen_copy(self.model), frozen_copy(self.model)
         self.asleep = NightTrainer(cfg, night, lr, seed, self.memory, self.meter, self.anchor)
         self.seen: List[str] = list(material.base_sources)
         self.anchor_row: Dict[str, Score] = {}
         self.position, self.credit, self.banked, self.rounds, self.rejected = 0, 0.0, 0.0, 0, 0
-        self.unjudged = False
+        self.unjudged, self.due = False, 0.0
 
     def run(self) -> Trace:
         """Live through the whole stream; returns the trial's trace."""
@@ -93,12 +97,18 @@ class CircadianTrainer:
         for number, segment in enumerate(self.material.segments, start=1):
             self.seen.extend(s for s in self._sources_of(segment) if s not in self.seen)
             days = self._days(len(segment.tokens_NS))
+            self.asleep.floor = self.night.night_floor if self._will_sleep_deep else self.night.floor
             for day, (first, last) in enumerate(days):
                 self._set_awake_rates(day, len(days))
-                self._wake(segment, first, last)
-                self._nap(segment, first, last, (day, len(days)))
+                taken = 0
+                if self.night.handover:
+                    taken = self._wake_and_step(segment, first, last, (day, len(days)))
+                else:
+                    self._wake(segment, first, last)
+                    self._nap(segment, first, last, (day, len(days)))
                 kept = segment.tokens_NS[first:last], segment.sources_N[first:last]
-                self.memory.add(*kept, 1.0 - self._recent_share())
+                self.memory.add(*kept, 1.0 - self._recent_share(), trained=range(taken))
+            self.rounds += bool(self.night.handover)
             self._merge()
             if self._is_deep(number):
                 first = days[-1][0] if self._recent_share() else 0
@@ -128,10 +138,14 @@ class CircadianTrainer:
         """Share of a bounded memory for the present day: one batch at least."""
         if self.memory.capacity == float("inf"):
             return 0.0
+        if self.night.handover:
+            return min(1.0, self.cfg.wake.batch * (self.width - 1) / self.memory.capacity)
         return min(1.0, max(RECENT_SHARE, self.size * (self.width - 1) / self.memory.capacity))
 
     def _days(self, rows: int) -> List[Tuple[int, int]]:
         """The stretches between two sleeps: as configured, shorter where a bounded memory holds no more."""
+        if self.night.handover:
+            return [(first, min(rows, first + self.cfg.wake.batch)) for first in range(0, rows, self.cfg.wake.batch)]
         longest = self.size if self.night.online else -(-rows // self.night.rounds)
         longest = -(-longest // self.size) * self.size
         if share := self._recent_share():
@@ -156,15 +170,92 @@ class CircadianTrainer:
             tokens_BS = torch.from_numpy(segment.tokens_NS[start:stop]).to(self.device)
             with torch.set_grad_enabled(self.levels is not None):
                 nll_BT = self.model.nll(tokens_BS)
-            self.position += (stop - start) * T
-            self.trace.saw(self.position, nll_BT, segment.bytes_N[start:stop])
+            self._saw(nll_BT, segment.bytes_N[start:stop], self.wake_flops * nll_BT.numel())
             if self.levels is not None:
                 self.levels.observe(nll_BT)
                 self.levels.advance(nll_BT.numel())
-            self.meter.spend("wake", self.wake_flops * nll_BT.numel())
-            self.trace.learner_flops += self.wake_flops * nll_BT.numel()
-            self.credit += (self.epochs * self.meter.full - self.wake_flops) * nll_BT.numel()
         self.trace.holds(self.memory.bytes + (last - first) * T + self.held_out)
+
+    def _saw(self, nll_BT: Tensor, bytes_B: np.ndarray, flops: float) -> None:
+        """Note the loss of new text and what it took awake; the rest of its FLOPs is for sleep."""
+        self.position += nll_BT.numel()
+        self.trace.saw(self.position, nll_BT, bytes_B)
+        self.meter.spend("wake", flops)
+        self.trace.learner_flops += flops
+        self.credit += self.epochs * self.meter.full * nll_BT.numel() - flops
+
+    def _wake_and_step(self, segment: Segment, first: int, last: int, day: Tuple[int, int]) -> int:
+        """One awake batch: sleep goes on from the pass over its first sequences, awake levels learn the others.
+
+        Returns how many sleep took.
+        """
+        rows, T = last - first, self.width - 1
+        tokens_BS = torch.from_numpy(segment.tokens_NS[first:last]).to(self.device)
+        taken = self._taken(rows)
+        pending = self._set_gradients_aside()
+        self.model.requires_grad_(True)
+        taken_BT = self.model.nll(tokens_BS[:taken])
+        taken_BT.sum().backward()
+        fresh = self._set_gradients_aside()
+        for parameter, gradient in pending:
+            parameter.grad = gradient
+        nll_BT = torch.cat([taken_BT.detach(), self._write_awake(tokens_BS[taken:], rows)])
+        self.trace.holds(self.memory.bytes + rows * T + self.held_out)
+        awake = (self.meter.forward * taken + self.wake_flops * (rows - taken)) * T
+        self._saw(nll_BT, segment.bytes_N[first:last], awake)
+        price = (self.meter.full - self.meter.forward) * taken * T
+        gate, judged = self._gate_flops * self.gated, self._is_judged(day) and self.gated
+        self.credit -= gate / day[1]  # the gate looks once, after the last day
+        self._keep(self.epochs * self.meter.full * rows * T - awake - price - gate / day[1])
+        self._step_asleep(fresh, taken, price, day)
+        if judged:
+            self.credit += gate
+            self._judge(self.model)
+        return taken
+
+    def _taken(self, rows: int) -> int:
+        """How many sequences of an awake batch sleep goes on from: the configured share, as far as FLOPs are there."""
+        T = self.width - 1
+        share = self.night.handover + (1.0 - self.night.handover) * self.asleep.scarcity
+        self.due = min(self.due + share * rows, rows + 1.0)
+        credit = self.credit + (self.epochs * self.meter.full - self.wake_flops) * rows * T
+        taken = max(0, min(rows, int(self.due + 1e-9), int(credit // ((self.meter.full - self.meter.forward) * T))))
+        self.due -= taken
+        return taken
+
+    def _write_awake(self, rest_BS: Tensor, rows: int) -> Tensor:
+        """Score what sleep does not take of a batch of `rows` and write the awake levels that are due; loss (B, T)."""
+        self._train_levels()
+        with torch.set_grad_enabled(self.levels is not None):
+            rest_BT = self.model.nll(rest_BS)
+        if self.levels is not None:
+            if len(rest_BS):
+                self.levels.observe(rest_BT)
+            self.levels.advance(rows * (self.width - 1))
+        return rest_BT.detach()
+
+    def _step_asleep(self, fresh: Gradients, taken: int, price: float, day: Tuple[int, int]) -> None:
+        """A sleeping step on gradients of new text and on replayed sequences, as many as there are FLOPs for."""
+        T = self.width - 1
+        old = int((self.credit - price) // (self.meter.full * T)) if len(self.memory) else 0
+        if not taken and old < 1:
+            return
+        self._begin_candidate()
+        pending = self._set_gradients_aside()
+        for parameter, gradient in fresh:
+            parameter.grad = gradient
+        spent = price + self.asleep.join(self.model, taken * T, max(0, old), day)
+        self.model.zero_grad(set_to_none=True)
+        for parameter, gradient in pending:
+            parameter.grad = gradient
+        self.credit -= spent
+        self.meter.spend("sleep", spent)
+
+    def _begin_candidate(self) -> None:
+        """Keep what a rejection goes back to: the awake model before the first night not judged yet."""
+        if not self.unjudged:
+            _copy_weights(self.model, self.live)
+            self.unjudged = True
 
     def _train_levels(self) -> None:
         if self.levels is not None:
@@ -184,10 +275,7 @@ class CircadianTrainer:
 
         day: (number of the day in its segment, days of the segment).
         """
-        room = self.night.deep_passes * len(self.memory) * (self.width - 1) * self.meter.full - self.banked
-        bank = self.night.bank if self.asleep.scarcity < MOST_SCARCE else 0.0
-        kept = max(0.0, min(self.credit * bank, room))
-        self.credit, self.banked = self.credit - kept, self.banked + kept
+        self._keep(self.credit)
         night = self.night
         # One schedule of the step size spans a segment's nights, or every night has its own.
         place = day if night.online or night.cycle else (0, 1)
@@ -195,9 +283,20 @@ class CircadianTrainer:
         shares = (recent, night.recent_end)
         self._sleep(segment.tokens_NS[first:last], shares, place, self._is_judged(day))
 
+    @property
+    def _will_sleep_deep(self) -> bool:
+        return self.night.bank > 0 and self.asleep.scarcity < MOST_SCARCE
+
+    def _keep(self, income: float) -> None:
+        """Put a share of FLOPs aside for the deep sleep, as far as it has use for them."""
+        room = self.night.deep_passes * len(self.memory) * (self.width - 1) * self.meter.full - self.banked
+        bank = self.night.bank if self._will_sleep_deep else 0.0
+        kept = max(0.0, min(income * bank, room))
+        self.credit, self.banked = self.credit - kept, self.banked + kept
+
     def _deep_sleep(self, recent_NS: np.ndarray) -> None:
         """A round over everything, on the FLOPs that nights have kept for it."""
-        self.credit, self.banked = self.credit + self.banked, 0.0
+        self.credit, self.banked, self.asleep.floor = self.credit + self.banked, 0.0, self.night.floor
         self._sleep(recent_NS, (self.night.deep_recent, -1.0), (0, 1), True)
 
     def _sleep(self, recent_NS: np.ndarray, shares: Tuple[float, float], place: Tuple[int, int], judged: bool) -> None:
@@ -214,9 +313,7 @@ class CircadianTrainer:
             return
         self.credit -= steps * price
         self.rounds += 1
-        if not self.unjudged:  # what a rejection goes back to: the awake model before the first night not judged yet
-            _copy_weights(self.model, self.live)
-            self.unjudged = True
+        self._begin_candidate()
         pending = self._set_gradients_aside()
         spent = self.asleep.train(self.model, recent_NS, (first, last), steps, place)
         for parameter, gradient in pending:
@@ -226,7 +323,7 @@ class CircadianTrainer:
         if judged:
             self._judge(self.model)
 
-    def _set_gradients_aside(self) -> List[Tuple[torch.nn.Parameter, Optional[Tensor]]]:
+    def _set_gradients_aside(self) -> Gradients:
         """Gradient sums of periods that a sleep cuts through; they wait for the rest of their period."""
         pending = [(parameter, parameter.grad) for parameter in self.model.parameters()]
         self.model.zero_grad(set_to_none=True)

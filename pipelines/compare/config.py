@@ -47,7 +47,12 @@ class Night:
     wake_cycle: bool = True
     """Let awake step sizes follow the schedule of a source's nights; else they stay."""
     wake_batch: int = 0
-    """Sequences per awake step, the learner's periods in proportion; 0: as configured (wake.batch)."""
+    """Sequences per awake step, the learner's periods in proportion; 0: half a sleeping batch (sleep.batch) where sleep
+    goes on from awake passes, so that replay fills the other half, else as configured (wake.batch)."""
+    handover: float = 0.5
+    """Share of every awake batch whose awake pass sleep goes on from: the learner has run it forwards and its own
+    levels backwards, sleep runs the rest backwards and steps at once, with as many replayed sequences as there are
+    FLOPs for. So a source has as many nights as batches. 0: nights pass over the text again (`rounds`, `recent`)."""
     rounds: int = 16
     """Sleeps per source (or per stretch of a stream without boundaries)."""
     recent: float = 0.4
@@ -56,7 +61,7 @@ class Night:
     """The same where nothing of the past is held; in between, a mean by the share of sequences that are."""
     recent_end: float = -1.0
     """The same at the end of a night, reached linearly; negative: as at its start."""
-    bank: float = 0.45
+    bank: float = 0.65
     """Share of every night's FLOPs that is kept for a deep sleep, where the store holds most of the past."""
     deep_every: int = 0
     """Sources between two deep sleeps; 0: one, when the stream has ended."""
@@ -70,7 +75,7 @@ class Night:
     """Weight of the distribution, on old experience, of the model that the last source left behind."""
     scarce: bool = True
     """Let the anchor pull only as far as the store forgets: its weights times the share of sequences not held."""
-    merge: float = 0.45
+    merge: float = 0.35
     """Weight of that model's weights in what a source leaves behind, times the same share."""
     dream: float = 0.0
     """Share of replayed sequences that are dreamt instead, times the same share: continuations of stored text by the
@@ -90,8 +95,12 @@ class Night:
     """Carry the optimizer's moments from round to round."""
     floor: float = 0.05
     """Where the cosine of a round ends, as a share of its peak."""
+    night_floor: float = 0.3
+    """The same of nights that a deep sleep follows: that one cools down for them."""
     balance: float = 0.5
     """0: replay every stored sequence equally often. 1: every source equally often."""
+    fewest: bool = True
+    """Where most of the past is held, replay first what was trained on the fewest times; else draw with replacement."""
 
     def __post_init__(self) -> None:
         one_of("wake", self.wake, ("learner", "all", "none"))
@@ -101,9 +110,16 @@ class Night:
         at_least("deep_every", self.deep_every, 0)
         at_least("deep_passes", self.deep_passes, 0)
         shares = ("recent", "bank", "deep_recent", "teacher", "anchor", "merge", "scarce_recent", "dream")
-        for key in (*shares, "on_policy", "floor", "balance"):
+        for key in (*shares, "on_policy", "floor", "night_floor", "balance"):
             share(key, getattr(self, key))
         at_least("slots", self.slots, 0)
+        share("handover", self.handover)
+        own = [k for k in ("teacher", "anchor", "dream", "on_policy", "slots", "online") if getattr(self, k)]
+        if self.handover and (own or self.wake == "all"):
+            raise ValueError(
+                f"handover={self.handover} leaves no pass of sleep's own over new text, which "
+                f"{', '.join(own) or 'wake=all'} needs; set handover=0"
+            )
         if self.on_policy and not (self.teacher or self.anchor):
             raise ValueError("on_policy needs a guide; give teacher or anchor a weight")
 
@@ -162,8 +178,13 @@ REPLAY = Method(replay=0.5)
 CIRCADIAN = Method("circadian")
 
 
-def _night(**changes: Any) -> Method:
-    return replace(CIRCADIAN, night=replace(CIRCADIAN.night, **changes))
+OWN_PASSES = Night(handover=0.0, wake_batch=0, merge=0.45, bank=0.45, night_floor=0.05, fewest=False)
+NIGHTS = replace(CIRCADIAN, night=OWN_PASSES)
+"""Sixteen nights per source that pass over the day's text themselves: what guides, slots and dreams are tried on."""
+
+
+def _night(base: Method = CIRCADIAN, **changes: Any) -> Method:
+    return replace(base, night=replace(base.night, **changes))
 
 
 METHODS: Dict[str, Method] = {
@@ -182,24 +203,28 @@ METHODS: Dict[str, Method] = {
     "ema": Method(ema=0.99),
     "mer": replace(REPLAY, reptile=0.7),
     "lora": Method(lora=16),
-    "one_frequency": _night(wake="all"),
-    "sleep_as_replay": _night(online=True, bank=0.0),
+    "one_frequency": _night(NIGHTS, wake="all"),
+    "sleep_as_replay": _night(NIGHTS, online=True, bank=0.0),
     "circadian_no_wake": _night(wake="none"),
     "circadian_no_gate": _night(gate=False),
-    "circadian_no_replay": _night(recent=1.0, scarce_recent=1.0, deep_recent=1.0),
     "circadian_no_deep_sleep": _night(bank=0.0),
-    "circadian_one_night": _night(rounds=1, recent=0.7),
-    "circadian_own_schedules": _night(cycle=False),
-    "circadian_teacher": _night(teacher=0.3),
-    "circadian_anchor": _night(anchor=0.3, scarce=False, merge=0.0),
-    "circadian_dreams": _night(dream=0.15, scarce=False, merge=0.0),
-    "circadian_on_policy": _night(teacher=0.3, on_policy=0.25),
-    "circadian_slots": _night(slots=16),
     "circadian_no_merging": _night(merge=0.0),
-    "circadian_merging": _night(merge=0.15, scarce=False),
     "circadian_unbalanced": _night(balance=0.0),
+    "circadian_repeats": _night(fewest=False),
+    "circadian_cool_nights": _night(night_floor=0.05),
+    "circadian_all_handed_over": _night(handover=1.0),
+    "circadian_larger_steps": _night(wake_batch=8),
+    "circadian_nights": NIGHTS,
+    "circadian_no_replay": _night(NIGHTS, recent=1.0, scarce_recent=1.0, deep_recent=1.0),
+    "circadian_one_night": _night(NIGHTS, rounds=1, recent=0.7),
+    "circadian_own_schedules": _night(NIGHTS, cycle=False),
+    "circadian_teacher": _night(NIGHTS, teacher=0.3),
+    "circadian_anchor": _night(NIGHTS, anchor=0.3, scarce=False, merge=0.0),
+    "circadian_dreams": _night(NIGHTS, dream=0.15, scarce=False, merge=0.0),
+    "circadian_on_policy": _night(NIGHTS, teacher=0.3, on_policy=0.25),
+    "circadian_slots": _night(NIGHTS, slots=16),
 }
-"""The methods by name; circadian_* change one setting of circadian."""
+"""The methods by name; circadian_* change one thing: of circadian down to circadian_nights, of that from there on."""
 VARIANTS: Dict[str, Dict[str, Method]] = {
     "naive": {"rewarm": Method(), "constant": Method(schedule="constant")},
     "replay_tuned": {

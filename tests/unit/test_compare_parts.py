@@ -76,6 +76,20 @@ def test_balance_draws_sources_equally() -> None:
     assert plain == pytest.approx(0.1, abs=0.03) and even == pytest.approx(0.5, abs=0.04)
 
 
+@given(st.integers(1, 12), st.lists(st.integers(1, 9), min_size=1, max_size=30), st.floats(0, 1))
+@settings(max_examples=60, deadline=None)
+def test_what_was_drawn_the_fewest_times_comes_first(held: int, draws: list[int], balance: float) -> None:
+    memory = Memory(float("inf"), 0, seed=2, fewest=True)
+    memory.add(*rows(3 * held))
+    drawn = np.concatenate([memory.draw(number, balance) for number in draws])
+    for source in range(3):
+        counts = np.bincount(drawn, minlength=len(memory))[memory.sources_N == source]
+        assert counts.max() - counts.min() <= 1, "a source goes round once before it begins again"
+    memory.add(*rows(3, 900), trained=[0])
+    before = [memory.uses_N[:-3][memory.sources_N[:-3] == source].min() for source in range(3)]
+    assert (memory.uses_N[-3:] - before).tolist() == [1, 0, 0], "a newcomer has no draws to make up for"
+
+
 @given(st.integers(1, 60), st.floats(0, 0.95), st.integers(1, 30))
 @settings(max_examples=80, deadline=None)
 def test_replay_takes_its_share_and_new_text_is_read_in_order(steps: int, replay: float, total: int) -> None:
@@ -144,7 +158,9 @@ def test_methods_are_named_singly_in_families_and_all_together() -> None:
         (lambda: Night(wake="some"), "wake='some' is unknown"),
         (lambda: Night(rounds=0), "rounds=0 must be at least 1"),
         (lambda: Method(joins=0), "joins=0 must be at least 1"),
-        (lambda: Night(on_policy=0.5), "on_policy needs a guide"),
+        (lambda: Night(on_policy=0.5, handover=0.0), "on_policy needs a guide"),
+        (lambda: Night(teacher=0.5), "handover=0.5 leaves no pass of sleep's own over new text, which teacher needs"),
+        (lambda: Night(wake="all"), "which wake=all needs; set handover=0"),
     ],
 )
 def test_wrong_settings_are_named(build: object, said: str) -> None:
