@@ -61,7 +61,7 @@ class Night:
     """The same where nothing of the past is held; in between, a mean by the share of sequences that are."""
     recent_end: float = -1.0
     """The same at the end of a night, reached linearly; negative: as at its start."""
-    bank: float = 0.65
+    bank: float = 0.5
     """Share of every night's FLOPs that is kept for a deep sleep, where the store holds most of the past."""
     deep_every: int = 0
     """Sources between two deep sleeps; 0: one, when the stream has ended."""
