@@ -1,6 +1,7 @@
 """Night after night: what earlier sources lose. `python -m benchmarks.cycles --data DIR [--seeds N] [--json FILE]`.
 
-Circadian lives through a stream with twelve nights and more; after each night every source is scored. The forgetting
+Circadian lives through a stream that sleeps after every awake batch; `NIGHTS` times per source every source is scored,
+which is called a night here. The forgetting
 of a source is how much worse it is than it was at best since it was learned; what counts is whether it grows with the
 number of nights. That is fitted over the base's sources, which all nights can hurt: a mean over all sources falls
 whenever a fresh one joins it. DIR holds NAME/train.txt and NAME/valid.txt.
@@ -24,7 +25,7 @@ from benchmarks.tables import Machine, markdown_table
 from nl_model.weights import write_durably
 from pipelines.compare.circadian import CircadianTrainer
 from pipelines.compare.config import CIRCADIAN
-from pipelines.compare.material import Material, load_material, stream_of_folder
+from pipelines.compare.material import Material, Segment, load_material, stream_of_folder
 from pipelines.compare.statistics import slope
 from pipelines.compare.trace import Trace
 from pipelines.compare.trial import Workshop
@@ -35,10 +36,12 @@ from pipelines.probe import Row, score
 ORDERS = ("A", "reverse")
 LR, EPOCHS = 4e-3, 2.0
 """Peak step size asleep; FLOPs per stream token in plain steps."""
+NIGHTS = 16
+"""Looks at every source per source of the stream."""
 
 
 class Nightly(CircadianTrainer):
-    """Scores every source after every night (and not after boundaries and the deep sleep, which are no nights)."""
+    """Scores every source `NIGHTS` times per streamed one (and not after merging and the deep sleep)."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -49,9 +52,11 @@ class Nightly(CircadianTrainer):
         self._look()
         return super().run()
 
-    def _nap(self, *args: Any) -> None:
-        super()._nap(*args)
-        self._look()
+    def _wake_and_step(self, segment: Segment, first: int, last: int, day: Tuple[int, int]) -> int:
+        taken = super()._wake_and_step(segment, first, last, day)
+        if (day[0] + 1) * NIGHTS // day[1] > day[0] * NIGHTS // day[1]:
+            self._look()
+        return taken
 
     def _look(self) -> None:
         material = self.material

@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write {summary, outcomes} to this file")
     args = parser.parse_args()
     overrides = [*stream_of_folder([f"stream.path={args.data}"]), f"stream.sources=[{args.new}]"]
-    cfg = load_config("default", [*overrides, f"base.sources=[{args.base}]", *args.overrides], "micro")
+    cfg = load_config("default", [*overrides, f"base.sources=[{args.base}]", "sleep.batch=8", *args.overrides], "micro")
     material = load_material(cfg, "A")
     with one_thread(), tempfile.TemporaryDirectory() as folder:
         outcomes = measure(material, Workshop(args.work or Path(folder), cfg), range(args.seeds))
