@@ -1,10 +1,10 @@
 """Night after night: what earlier sources lose. `python -m benchmarks.cycles --data DIR [--seeds N] [--json FILE]`.
 
-Circadian lives through a stream that sleeps after every awake batch; `NIGHTS` times per source every source is scored,
-which is called a night here. The forgetting
-of a source is how much worse it is than it was at best since it was learned; what counts is whether it grows with the
-number of nights. That is fitted over the base's sources, which all nights can hurt: a mean over all sources falls
-whenever a fresh one joins it. DIR holds NAME/train.txt and NAME/valid.txt.
+Circadian lives through a stream, asleep for a step after every awake batch; `NIGHTS` times per source every source is
+scored, and a night here is what lies between. The forgetting of a source is how much worse it is than it was at best
+since it was learned; what counts is whether it grows with the number of nights. That is fitted over the base's sources,
+which all nights can hurt: a mean over all sources falls whenever a fresh one joins it. DIR holds NAME/train.txt and
+NAME/valid.txt.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from benchmarks.interleave import one_thread
 from benchmarks.results import keep_page
 from benchmarks.tables import Machine, markdown_table
 from nl_model.weights import write_durably
-from pipelines.compare.circadian import CircadianTrainer
 from pipelines.compare.config import CIRCADIAN
+from pipelines.compare.handover import HandoverTrainer
 from pipelines.compare.material import Material, Segment, load_material, stream_of_folder
 from pipelines.compare.statistics import slope
 from pipelines.compare.trace import Trace
@@ -40,7 +40,7 @@ NIGHTS = 16
 """Looks at every source per source of the stream."""
 
 
-class Nightly(CircadianTrainer):
+class Nightly(HandoverTrainer):
     """Scores every source `NIGHTS` times per streamed one (and not after merging and the deep sleep)."""
 
     def __init__(self, *args: Any) -> None:
@@ -52,11 +52,11 @@ class Nightly(CircadianTrainer):
         self._look()
         return super().run()
 
-    def _wake_and_step(self, segment: Segment, first: int, last: int, day: Tuple[int, int]) -> int:
-        taken = super()._wake_and_step(segment, first, last, day)
+    def _live(self, segment: Segment, first: int, last: int, day: Tuple[int, int]) -> Sequence[int]:
+        trained = super()._live(segment, first, last, day)
         if (day[0] + 1) * NIGHTS // day[1] > day[0] * NIGHTS // day[1]:
             self._look()
-        return taken
+        return trained
 
     def _look(self) -> None:
         material = self.material

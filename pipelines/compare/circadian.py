@@ -7,7 +7,7 @@ same FLOPs. Shapes: B sequences, T predicted tokens, S = T + 1.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -38,10 +38,11 @@ MOST_SCARCE = 0.5
 """Share of the past that may be lost for a deep sleep to pay: a few steps at a fresh step size, over a store that is
 soon known by heart, cost more than they bring (docs/LOG.md)."""
 RECENT_SHARE = 0.25
-"""Share of a bounded memory that holds what was not slept on yet; one batch at least."""
+"""Share of a bounded memory that holds a day which is not slept on yet; one batch at least."""
 
 
 Gradients = List[Tuple[torch.nn.Parameter, Optional[Tensor]]]
+"""Parameters with what was in their `.grad`."""
 
 
 class CircadianTrainer:
@@ -64,8 +65,7 @@ class CircadianTrainer:
         weights: Dict[str, Tensor],
         device: torch.device,
     ) -> None:
-        half = max(1, material.cfg.sleep.batch // 2) if night.handover else 0
-        cfg = _with_wake_batch(material.cfg, night.wake_batch or half)
+        cfg = _with_wake_batch(material.cfg, self.awake_batch(material.cfg, night))
         self.material, self.night, self.lr, self.epochs, self.device = material, night, lr, epochs, device
         self.cfg, self.size, self.width = cfg, cfg.sleep.batch, cfg.model.context + 1
         self.model = fresh_model(material, weights, device, cfg)
@@ -86,7 +86,17 @@ class CircadianTrainer:
         self.seen: List[str] = list(material.base_sources)
         self.anchor_row: Dict[str, Score] = {}
         self.position, self.credit, self.banked, self.rounds, self.rejected = 0, 0.0, 0.0, 0, 0
-        self.unjudged, self.due = False, 0.0
+        self.unjudged = False
+        if self.memory.rows(self.width, 1.0 - self._recent_share()) < 1:
+            raise ValueError(
+                f"a store of {capacity:,.0f} bytes does not hold one sequence of {self.width - 1} beside the present "
+                "batch; use a larger regime or a smaller wake.batch"
+            )
+
+    @staticmethod
+    def awake_batch(cfg: Config, night: Night) -> int:
+        """Sequences per awake step; 0: as configured."""
+        return night.wake_batch
 
     def run(self) -> Trace:
         """Live through the whole stream; returns the trial's trace."""
@@ -97,19 +107,13 @@ class CircadianTrainer:
         for number, segment in enumerate(self.material.segments, start=1):
             self.seen.extend(s for s in self._sources_of(segment) if s not in self.seen)
             days = self._days(len(segment.tokens_NS))
-            self.asleep.floor = self.night.night_floor if self._will_sleep_deep else self.night.floor
             for day, (first, last) in enumerate(days):
+                self.asleep.floor = self.night.night_floor if self._will_sleep_deep else self.night.floor
                 self._set_awake_rates(day, len(days))
-                taken = 0
-                if self.night.handover:
-                    taken = self._wake_and_step(segment, first, last, (day, len(days)))
-                else:
-                    self._wake(segment, first, last)
-                    self._nap(segment, first, last, (day, len(days)))
+                trained = self._live(segment, first, last, (day, len(days)))
                 kept = segment.tokens_NS[first:last], segment.sources_N[first:last]
-                self.memory.add(*kept, 1.0 - self._recent_share(), trained=range(taken))
-            self.rounds += bool(self.night.handover)
-            self._merge()
+                self.memory.add(*kept, 1.0 - self._recent_share(), trained=trained)
+            self._merge(number)
             if self._is_deep(number):
                 first = days[-1][0] if self._recent_share() else 0
                 self._deep_sleep(segment.tokens_NS[first:])
@@ -118,16 +122,23 @@ class CircadianTrainer:
         self.trace.notes.update(rounds=self.rounds, rejected=self.rejected)
         return self.trace
 
+    def _live(self, segment: Segment, first: int, last: int, day: Tuple[int, int]) -> Sequence[int]:
+        """One day awake, and the night after it; returns which of its sequences count as replayed once."""
+        self._wake(segment, first, last)
+        self._nap(segment, first, last, day)
+        return ()
+
     @torch.no_grad()
-    def _merge(self) -> None:
-        """Average the weights with the last boundary's."""
+    def _merge(self, number: int) -> None:
+        """Average the weights with the last boundary's. number: of the segment that has ended."""
         weight = self.night.merge * self.asleep.pull
         if not weight:
             return
         new, old = (dict(model.named_parameters()) for model in (self.model, self.anchor))
         for name, merged in merge_weights(new, old, weight).items():
             new[name].copy_(merged)
-        if self.gated:  # what it had learned by heart is not what the next candidate stands against
+        if self.gated and (self.banked or number < len(self.material.segments)):
+            # What it had learned by heart is not what the next candidate stands against.
             self.anchor_row = self._gate_scores(self.model)
         self.unjudged = False
 
@@ -138,14 +149,10 @@ class CircadianTrainer:
         """Share of a bounded memory for the present day: one batch at least."""
         if self.memory.capacity == float("inf"):
             return 0.0
-        if self.night.handover:
-            return min(1.0, self.cfg.wake.batch * (self.width - 1) / self.memory.capacity)
         return min(1.0, max(RECENT_SHARE, self.size * (self.width - 1) / self.memory.capacity))
 
     def _days(self, rows: int) -> List[Tuple[int, int]]:
         """The stretches between two sleeps: as configured, shorter where a bounded memory holds no more."""
-        if self.night.handover:
-            return [(first, min(rows, first + self.cfg.wake.batch)) for first in range(0, rows, self.cfg.wake.batch)]
         longest = self.size if self.night.online else -(-rows // self.night.rounds)
         longest = -(-longest // self.size) * self.size
         if share := self._recent_share():
@@ -184,73 +191,6 @@ class CircadianTrainer:
         self.trace.learner_flops += flops
         self.credit += self.epochs * self.meter.full * nll_BT.numel() - flops
 
-    def _wake_and_step(self, segment: Segment, first: int, last: int, day: Tuple[int, int]) -> int:
-        """One awake batch: sleep goes on from the pass over its first sequences, awake levels learn the others.
-
-        Returns how many sleep took.
-        """
-        rows, T = last - first, self.width - 1
-        tokens_BS = torch.from_numpy(segment.tokens_NS[first:last]).to(self.device)
-        taken = self._taken(rows)
-        pending = self._set_gradients_aside()
-        self.model.requires_grad_(True)
-        taken_BT = self.model.nll(tokens_BS[:taken])
-        taken_BT.sum().backward()
-        fresh = self._set_gradients_aside()
-        for parameter, gradient in pending:
-            parameter.grad = gradient
-        nll_BT = torch.cat([taken_BT.detach(), self._write_awake(tokens_BS[taken:], rows)])
-        self.trace.holds(self.memory.bytes + rows * T + self.held_out)
-        awake = (self.meter.forward * taken + self.wake_flops * (rows - taken)) * T
-        self._saw(nll_BT, segment.bytes_N[first:last], awake)
-        price = (self.meter.full - self.meter.forward) * taken * T
-        gate, judged = self._gate_flops * self.gated, self._is_judged(day) and self.gated
-        self.credit -= gate / day[1]  # the gate looks once, after the last day
-        self._keep(self.epochs * self.meter.full * rows * T - awake - price - gate / day[1])
-        self._step_asleep(fresh, taken, price, day)
-        if judged:
-            self.credit += gate
-            self._judge(self.model)
-        return taken
-
-    def _taken(self, rows: int) -> int:
-        """How many sequences of an awake batch sleep goes on from: the configured share, as far as FLOPs are there."""
-        T = self.width - 1
-        share = self.night.handover + (1.0 - self.night.handover) * self.asleep.scarcity
-        self.due = min(self.due + share * rows, rows + 1.0)
-        credit = self.credit + (self.epochs * self.meter.full - self.wake_flops) * rows * T
-        taken = max(0, min(rows, int(self.due + 1e-9), int(credit // ((self.meter.full - self.meter.forward) * T))))
-        self.due -= taken
-        return taken
-
-    def _write_awake(self, rest_BS: Tensor, rows: int) -> Tensor:
-        """Score what sleep does not take of a batch of `rows` and write the awake levels that are due; loss (B, T)."""
-        self._train_levels()
-        with torch.set_grad_enabled(self.levels is not None):
-            rest_BT = self.model.nll(rest_BS)
-        if self.levels is not None:
-            if len(rest_BS):
-                self.levels.observe(rest_BT)
-            self.levels.advance(rows * (self.width - 1))
-        return rest_BT.detach()
-
-    def _step_asleep(self, fresh: Gradients, taken: int, price: float, day: Tuple[int, int]) -> None:
-        """A sleeping step on gradients of new text and on replayed sequences, as many as there are FLOPs for."""
-        T = self.width - 1
-        old = int((self.credit - price) // (self.meter.full * T)) if len(self.memory) else 0
-        if not taken and old < 1:
-            return
-        self._begin_candidate()
-        pending = self._set_gradients_aside()
-        for parameter, gradient in fresh:
-            parameter.grad = gradient
-        spent = price + self.asleep.join(self.model, taken * T, max(0, old), day)
-        self.model.zero_grad(set_to_none=True)
-        for parameter, gradient in pending:
-            parameter.grad = gradient
-        self.credit -= spent
-        self.meter.spend("sleep", spent)
-
     def _begin_candidate(self) -> None:
         """Keep what a rejection goes back to: the awake model before the first night not judged yet."""
         if not self.unjudged:
@@ -288,10 +228,10 @@ class CircadianTrainer:
         return self.night.bank > 0 and self.asleep.scarcity < MOST_SCARCE
 
     def _keep(self, income: float) -> None:
-        """Put a share of FLOPs aside for the deep sleep, as far as it has use for them."""
+        """Put a share of an income aside for the deep sleep, as far as it is there and has a use."""
         room = self.night.deep_passes * len(self.memory) * (self.width - 1) * self.meter.full - self.banked
         bank = self.night.bank if self._will_sleep_deep else 0.0
-        kept = max(0.0, min(income * bank, room))
+        kept = max(0.0, min(income * bank, room, self.credit))
         self.credit, self.banked = self.credit - kept, self.banked + kept
 
     def _deep_sleep(self, recent_NS: np.ndarray) -> None:

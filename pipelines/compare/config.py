@@ -45,14 +45,16 @@ class Night:
     wake_lr: float = 0.5
     """Awake step sizes, in multiples of the levels' own."""
     wake_cycle: bool = True
-    """Let awake step sizes follow the schedule of a source's nights; else they stay."""
+    """Let awake step sizes fall over a source as a cosine; else they stay."""
     wake_batch: int = 0
     """Sequences per awake step, the learner's periods in proportion; 0: half a sleeping batch (sleep.batch) where sleep
     goes on from awake passes, so that replay fills the other half, else as configured (wake.batch)."""
     handover: float = 0.5
-    """Share of every awake batch whose awake pass sleep goes on from: the learner has run it forwards and its own
-    levels backwards, sleep runs the rest backwards and steps at once, with as many replayed sequences as there are
-    FLOPs for. So a source has as many nights as batches. 0: nights pass over the text again (`rounds`, `recent`)."""
+    """Share of every awake batch that sleep goes on with from the awake pass, which only scored it: it runs all levels
+    backwards and steps, with as many replayed sequences as there are FLOPs for; awake levels learn the others alone.
+    The share rises to 1 with the share of the past that is not held. A source has as many nights as batches then.
+    0: nights pass over the text again, as `rounds`, `recent`, `scarce_recent`, `recent_end`, `cycle` and `online` say,
+    which mean nothing else."""
     rounds: int = 16
     """Sleeps per source (or per stretch of a stream without boundaries)."""
     recent: float = 0.4
@@ -62,7 +64,8 @@ class Night:
     recent_end: float = -1.0
     """The same at the end of a night, reached linearly; negative: as at its start."""
     bank: float = 0.5
-    """Share of every night's FLOPs that is kept for a deep sleep, where the store holds most of the past."""
+    """Share of every night's FLOPs (what it needs for text handed over aside) that is kept for a deep sleep, where the
+    store holds most of the past."""
     deep_every: int = 0
     """Sources between two deep sleeps; 0: one, when the stream has ended."""
     deep_passes: float = 1.0
@@ -178,7 +181,7 @@ REPLAY = Method(replay=0.5)
 CIRCADIAN = Method("circadian")
 
 
-OWN_PASSES = Night(handover=0.0, wake_batch=0, merge=0.45, bank=0.45, night_floor=0.05, fewest=False)
+OWN_PASSES = Night(handover=0.0, merge=0.45, bank=0.45, night_floor=0.05, fewest=False)
 NIGHTS = replace(CIRCADIAN, night=OWN_PASSES)
 """Sixteen nights per source that pass over the day's text themselves: what guides, slots and dreams are tried on."""
 

@@ -106,7 +106,9 @@ def load_material(cfg: Config, order: str, scratch: bool = False) -> Material:
     setting = replace(opened, cfg=replace(cfg, stream=replace(cfg.stream, sources=names)), stream_sources=names)
     sources = setting.sources
     keys, rows = _read_stream(setting, sources)
-    base = _stack("base", base_sequences(setting.corpus, setting.tokenizer, cfg, setting.base_sources), sources)
+    known = setting.base_sources
+    texts = base_sequences(setting.corpus, setting.tokenizer, cfg, known) if known else []
+    base = _stack("base", texts, sources)
     judged, gate = {}, {}
     for name, probe in setting.probes().items():
         judged[name], gate[name] = split_probe(probe)

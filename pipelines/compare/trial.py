@@ -22,6 +22,7 @@ from nl_model.weights import load_tensors, save_tensors, write_durably
 from pipelines.base import BaseBatches
 from pipelines.compare.circadian import CircadianTrainer
 from pipelines.compare.config import REGIMES, Method
+from pipelines.compare.handover import HandoverTrainer
 from pipelines.compare.material import Material
 from pipelines.compare.meter import Meter
 from pipelines.compare.plain import JointTrainer, PlainTrainer
@@ -29,7 +30,7 @@ from pipelines.config import Config
 from pipelines.load_config import config_hash
 from pipelines.sleep import learning_rate
 
-RULES = {"plain": 2, "joint": 1, "circadian": 3}
+RULES = {"plain": 2, "joint": 1, "circadian": 4}
 """By family; raised whenever trials of the same settings come out differently than before. Older ones are not read."""
 WAIT = 2.0
 """Seconds between two looks at what another process is doing."""
@@ -168,6 +169,7 @@ def _trainer(
     device: torch.device,
 ) -> PlainTrainer | CircadianTrainer:
     if method.family == "circadian":
-        return CircadianTrainer(material, method.night, lr, epochs, capacity, seed, weights, device)
+        ours = HandoverTrainer if method.night.handover else CircadianTrainer
+        return ours(material, method.night, lr, epochs, capacity, seed, weights, device)
     kind = JointTrainer if method.family == "joint" else PlainTrainer
     return kind(material, method, lr, epochs, capacity, seed, weights, device)

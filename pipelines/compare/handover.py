@@ -1,0 +1,134 @@
+"""Circadian whose sleep goes on from the awake pass: new text is run forwards once, to score it and to learn it.
+
+The learner runs every awake batch forwards. Over some of its sequences sleep goes on backwards, through all levels, and
+steps on that and on replayed sequences; the others are learned by the awake levels alone. The step is taken while the
+next batch is being read, so that the learner waits for nothing: its weights come one batch later.
+
+Shapes: B sequences, T predicted tokens, S = T + 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, List, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from pipelines.compare.circadian import CircadianTrainer, Gradients
+from pipelines.compare.config import Night
+from pipelines.compare.material import Segment
+from pipelines.config import Config
+
+LEAST_REPLAY = 0.5
+"""Replayed sequences that every new one which sleep takes must leave FLOPs for, at least."""
+
+
+@dataclass(frozen=True)
+class Handed:
+    """What the learner hands over of a batch."""
+
+    gradients: Gradients
+    """Sums over the sequences taken."""
+    taken: int
+    """How many these are."""
+    day: Tuple[int, int]
+    """(number of the batch in its segment, batches of the segment)."""
+
+
+class HandoverTrainer(CircadianTrainer):
+    """Lives through a stream with a sleeping step per awake batch."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.due = 0.0
+        """Sequences that the configured share gives sleep beside those that it has taken."""
+        self.handed: Optional[Handed] = None
+
+    @staticmethod
+    def awake_batch(cfg: Config, night: Night) -> int:
+        """Half a sleeping batch, so that replay fills the other half."""
+        return night.wake_batch or max(1, cfg.sleep.batch // 2)
+
+    def _recent_share(self) -> float:
+        if self.memory.capacity == float("inf"):
+            return 0.0
+        return min(1.0, self.cfg.wake.batch * (self.width - 1) / self.memory.capacity)
+
+    def _days(self, rows: int) -> List[Tuple[int, int]]:
+        return [(first, min(rows, first + self.cfg.wake.batch)) for first in range(0, rows, self.cfg.wake.batch)]
+
+    def _live(self, segment: Segment, first: int, last: int, day: Tuple[int, int]) -> Sequence[int]:
+        """One awake batch, beside the sleeping step on the one before it."""
+        rows, T, meter = last - first, self.width - 1, self.meter
+        tokens_BS = torch.from_numpy(segment.tokens_NS[first:last]).to(self.device)
+        taken, pending = self._taken(rows), self._set_gradients_aside()
+        self.model.requires_grad_(True)
+        taken_BT = self.model.nll(tokens_BS[:taken])
+        taken_BT.sum().backward()
+        handed = Handed(self._set_gradients_aside(), taken, day)
+        _give_back(pending)
+        nll_BT = torch.cat([taken_BT.detach(), self._write_awake(tokens_BS[taken:], rows)])
+        self.trace.holds(self.memory.bytes + rows * T + self.held_out)
+        awake = (meter.forward * taken + self.wake_flops * (rows - taken)) * T
+        self._saw(nll_BT, segment.bytes_N[first:last], awake)
+        backward, gate = (meter.full - meter.forward) * taken * T, self._gate_flops * self.gated / day[1]
+        meter.spend("sleep", backward)
+        self.credit -= backward + gate  # the gate looks once, after the last batch
+        self._keep(self.epochs * meter.full * rows * T - awake - backward - gate)
+        self._step()
+        self.handed = handed
+        if day[0] + 1 == day[1]:
+            self._step()
+            if self.gated:
+                self.credit += gate * day[1]
+                if self.unjudged:
+                    self._judge(self.model)
+        return range(taken)
+
+    def _taken(self, rows: int) -> int:
+        """How many sequences of an awake batch sleep takes, as far as there are FLOPs for them and some replay.
+
+        The configured share of them, or more: it rises to 1 with the share of the past that is not held.
+        """
+        share = self.night.handover + (1.0 - self.night.handover) * self.asleep.scarcity
+        self.due = min(self.due + share * rows, rows + 1.0)
+        price = ((1.0 + LEAST_REPLAY) * self.meter.full - self.meter.forward) * (self.width - 1)
+        credit = self.credit + (self.epochs * self.meter.full - self.wake_flops) * rows * (self.width - 1)
+        taken = max(0, min(rows, int(self.due + 1e-9), int(credit // price)))
+        self.due -= taken
+        return taken
+
+    def _write_awake(self, rest_BS: Tensor, rows: int) -> Tensor:
+        """Score what sleep does not take of a batch of `rows` and write the awake levels that are due; loss (B, T)."""
+        self._train_levels()
+        with torch.set_grad_enabled(self.levels is not None):
+            rest_BT = self.model.nll(rest_BS)
+        if self.levels is not None:
+            if len(rest_BS):
+                self.levels.observe(rest_BT)
+            self.levels.advance(rows * (self.width - 1))
+        return rest_BT.detach()
+
+    def _step(self) -> None:
+        """The sleeping step on what was handed over last and on as many replayed sequences as there are FLOPs for."""
+        if self.handed is None:
+            return
+        handed, self.handed, T = self.handed, None, self.width - 1
+        old = max(0, int(self.credit // (self.meter.full * T))) if len(self.memory) else 0
+        if not handed.taken and not old:
+            return
+        self._begin_candidate()
+        pending = self._set_gradients_aside()
+        _give_back(handed.gradients)
+        spent = self.asleep.join(self.model, handed.taken * T, old, handed.day)
+        self.model.zero_grad(set_to_none=True)
+        _give_back(pending)
+        self.rounds += 1
+        self.credit -= spent
+        self.meter.spend("sleep", spent)
+
+
+def _give_back(gradients: Gradients) -> None:
+    for parameter, gradient in gradients:
+        parameter.grad = gradient

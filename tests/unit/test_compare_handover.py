@@ -1,0 +1,116 @@
+"""Sleep that goes on from the awake pass: its step is a plain step, and nothing is trained on twice or not paid for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.compare.config import Night
+from pipelines.compare.handover import HandoverTrainer
+from pipelines.compare.material import Material, load_material, stream_of_folder
+from pipelines.compare.trial import Workshop
+from pipelines.config import Config
+from pipelines.load_config import load_config
+
+SMALL = [
+    *("model.dim=16", "model.blocks=2", "model.heads=2", "model.context=32"),
+    *("levels.fast.width=16", "levels.medium.width=16", "levels.slow.width=32"),
+    *("levels.fast.period=256", "levels.medium.period=512", "levels.slow.period=2048"),
+    *("wake.batch=4", "sleep.batch=4", "base.tokens=1024", "base.batch=4"),
+    *("stream.max_source_bytes=2048", "stream.probe_bytes=512", "base.sources=[old]", "stream.sources=[new,newer]"),
+]
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Three sources of random bytes."""
+    root, draw = tmp_path_factory.mktemp("texts"), np.random.default_rng(0)
+    for number, name in enumerate(("old", "new", "newer")):
+        (root / name).mkdir()
+        for part, size in (("train", 2048), ("valid", 600)):
+            text = draw.integers(97 + 5 * number, 110 + 5 * number, size).astype("u1").tobytes()
+            (root / name / f"{part}.txt").write_bytes(text)
+    return load_config("default", [*stream_of_folder([f"stream.path={root}"]), *SMALL], "micro")
+
+
+@pytest.fixture(scope="module")
+def material(cfg: Config) -> Material:
+    return load_material(cfg, "A")
+
+
+def trainer(material: Material, tmp_path: Path, capacity: float = float("inf"), **changes: Any) -> HandoverTrainer:
+    weights, night = Workshop(tmp_path, material.cfg).base(material, 0, scratch=False), Night(gate=False, **changes)
+    live = HandoverTrainer(material, night, 2e-3, 2.0, capacity, 0, weights, torch.device("cpu"))
+    live.memory.add(material.base.tokens_NS, material.base.sources_N)
+    return live
+
+
+def test_a_step_that_goes_on_from_the_awake_pass_is_a_plain_step(material: Material, tmp_path: Path) -> None:
+    """Everything handed over and nothing written awake: the weights afterwards are those of one step on both texts."""
+    live, twin = (trainer(material, tmp_path, handover=1.0, wake="none", bank=0.0) for _ in range(2))
+    segment, size = material.segments[0], live.cfg.wake.batch
+    assert list(live._live(segment, 0, size, (0, 1))) == list(range(size))
+    old = twin.memory.draw(size, twin.night.balance)  # two epochs: as much replay as new text
+    both = torch.from_numpy(np.concatenate([segment.tokens_NS[:size], twin.memory.tokens_NS[old]]))
+    trained = twin.asleep._prepare(twin.model, 0)
+    twin.asleep._update(twin.model.nll(both).mean(), trained, 0, 1)
+    for mine, plain in zip(live.model.parameters(), twin.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, plain, atol=1e-6, rtol=1e-5)
+    full, tokens = live.meter.full, size * live.cfg.model.context
+    assert live.meter.total == 2 * full * tokens and live.trace.learner_flops == live.meter.forward * tokens
+
+
+def test_the_learner_does_not_wait_for_the_step_on_its_batch(material: Material, tmp_path: Path) -> None:
+    live, segment = trainer(material, tmp_path, handover=1.0, wake="none"), material.segments[0]
+    start = [p.detach().clone() for p in live.model.parameters()]
+    live._live(segment, 0, 2, (0, 3))
+    assert all(map(torch.equal, start, live.model.parameters())) and live.rounds == 0
+    live._live(segment, 2, 4, (1, 3))
+    assert not all(map(torch.equal, start, live.model.parameters())) and live.rounds == 1
+    live._live(segment, 4, 6, (2, 3))
+    assert live.rounds == 3 and live.handed is None, "at a boundary nothing is left behind"
+
+
+def test_awake_levels_learn_what_sleep_does_not_take_and_keep_their_periods(material: Material, tmp_path: Path) -> None:
+    live, twin = (trainer(material, tmp_path, wake_batch=4) for _ in range(2))
+    live._live(material.segments[0], 0, 4, (0, 8))
+    live._step()
+    assert live.levels is not None
+    assert live.levels.tokens == 4 * 32 and set(live.levels.optimizers.tokens.values()) == {2 * 32}
+    twin._train_levels()
+    twin.model.nll(torch.from_numpy(material.segments[0].tokens_NS[2:4])).sum().backward()
+    for (name, mine), other in zip(live.model.named_parameters(), twin.model.parameters(), strict=True):
+        assert (mine.grad is None) == (other.grad is None) == (".fast." not in name and ".medium." not in name)
+        assert mine.grad is None or other.grad is None or torch.equal(mine.grad, other.grad), name
+
+
+def test_more_is_handed_over_where_less_is_stored(material: Material, tmp_path: Path) -> None:
+    whole, small = (trainer(material, tmp_path, capacity, wake_batch=4) for capacity in (float("inf"), 300.0))
+    assert 0.8 < small.asleep.scarcity < 1
+    wanted = [20, int(20 + 20 * small.asleep.scarcity)]
+    assert [sum(live._taken(4) for _ in range(10)) for live in (whole, small)] == wanted
+    whole.epochs = whole.meter.wake / whole.meter.full
+    assert whole._taken(4) == 0, "there are no FLOPs for it"
+    whole.credit = 2.0 * whole.meter.full * 32
+    assert whole._taken(4) == 1, "what would leave nothing for replay is not taken"
+
+
+def test_a_store_without_room_for_a_sequence_is_refused(material: Material, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match="a store of 80 bytes does not hold one sequence of 32 beside the present batch"
+    ):
+        trainer(material, tmp_path, 80.0)
+
+
+def test_without_a_base_everything_starts_from_nothing(cfg: Config, tmp_path: Path) -> None:
+    material = load_material(cfg, "A", scratch=True)
+    assert material.base_sources == [] and not len(material.base.tokens_NS)
+    weights = Workshop(tmp_path, cfg).base(material, 0, scratch=True)
+    live = HandoverTrainer(material, Night(), 2e-3, 2.0, float("inf"), 0, weights, torch.device("cpu"))
+    found = live.run().result()
+    assert found["mean_final_bpb"] < 8.0 and found["base_bpb"] is None
+    assert 0.9 < live.meter.total / (2 * live.meter.full * material.stream_tokens) <= 1.0
