@@ -178,6 +178,7 @@ class CircadianTrainer:
             with torch.set_grad_enabled(self.levels is not None):
                 nll_BT = self.model.nll(tokens_BS)
             self._saw(nll_BT, segment.bytes_N[start:stop], self.wake_flops * nll_BT.numel())
+            self.trace.inline_flops += self.wake_flops * nll_BT.numel()
             if self.levels is not None:
                 self.levels.observe(nll_BT)
                 self.levels.advance(nll_BT.numel())
@@ -259,6 +260,7 @@ class CircadianTrainer:
         for parameter, gradient in pending:
             parameter.grad = gradient
         self.meter.spend("sleep", spent)
+        self.trace.inline_flops += spent * self.night.online
         self.credit += steps * price - spent
         if judged:
             self._judge(self.model)

@@ -55,6 +55,9 @@ class Night:
     The share rises to 1 with the share of the past that is not held. A source has as many nights as batches then.
     0: nights pass over the text again, as `rounds`, `recent`, `scarce_recent`, `recent_end`, `cycle` and `online` say,
     which mean nothing else."""
+    late: bool = False
+    """Take the sleeping step on a batch while the next one is read, whose pass does not know of it then. Else the next
+    batch waits for it."""
     rounds: int = 16
     """Sleeps per source (or per stretch of a stream without boundaries)."""
     recent: float = 0.4
@@ -215,6 +218,7 @@ METHODS: Dict[str, Method] = {
     "circadian_unbalanced": _night(balance=0.0),
     "circadian_repeats": _night(fewest=False),
     "circadian_cool_nights": _night(night_floor=0.05),
+    "circadian_late": _night(late=True),
     "circadian_all_handed_over": _night(handover=1.0),
     "circadian_larger_steps": _night(wake_batch=8),
     "circadian_nights": NIGHTS,

@@ -1,8 +1,8 @@
 """Circadian whose sleep goes on from the awake pass: new text is run forwards once, to score it and to learn it.
 
 The learner runs every awake batch forwards. Over some of its sequences sleep goes on backwards, through all levels, and
-steps on that and on replayed sequences; the others are learned by the awake levels alone. The step is taken while the
-next batch is being read, so that the learner waits for nothing: its weights come one batch later.
+steps on that and on replayed sequences; the others are learned by the awake levels alone. The next batch waits for this
+step, or (`Night.late`) is read beside it with the weights before it.
 
 Shapes: B sequences, T predicted tokens, S = T + 1.
 """
@@ -59,7 +59,7 @@ class HandoverTrainer(CircadianTrainer):
         return [(first, min(rows, first + self.cfg.wake.batch)) for first in range(0, rows, self.cfg.wake.batch)]
 
     def _live(self, segment: Segment, first: int, last: int, day: Tuple[int, int]) -> Sequence[int]:
-        """One awake batch, beside the sleeping step on the one before it."""
+        """One awake batch and a sleeping step, on this batch or on the one before it."""
         rows, T, meter = last - first, self.width - 1, self.meter
         tokens_BS = torch.from_numpy(segment.tokens_NS[first:last]).to(self.device)
         taken, pending = self._taken(rows), self._set_gradients_aside()
@@ -74,16 +74,17 @@ class HandoverTrainer(CircadianTrainer):
         self._saw(nll_BT, segment.bytes_N[first:last], awake)
         backward, gate = (meter.full - meter.forward) * taken * T, self._gate_flops * self.gated / day[1]
         meter.spend("sleep", backward)
+        self.trace.inline_flops += awake + (0.0 if self.night.late else backward)
         self.credit -= backward + gate  # the gate looks once, after the last batch
         self._keep(self.epochs * meter.full * rows * T - awake - backward - gate)
         self._step()
-        self.handed = handed
-        if day[0] + 1 == day[1]:
+        self.handed, is_last = handed, day[0] + 1 == day[1]
+        if is_last or not self.night.late:
             self._step()
-            if self.gated:
-                self.credit += gate * day[1]
-                if self.unjudged:
-                    self._judge(self.model)
+        if is_last and self.gated:
+            self.credit += gate * day[1]
+            if self.unjudged:
+                self._judge(self.model)
         return range(taken)
 
     def _taken(self, rows: int) -> int:
@@ -127,6 +128,7 @@ class HandoverTrainer(CircadianTrainer):
         self.rounds += 1
         self.credit -= spent
         self.meter.spend("sleep", spent)
+        self.trace.inline_flops += 0.0 if self.night.late else spent
 
 
 def _give_back(gradients: Gradients) -> None:

@@ -13,7 +13,7 @@ from pipelines.compare.statistics import columns, gap_closed, interval, paired
 
 Results = Mapping[Tuple[str, str, str, int], Mapping[str, Any]]
 SCORES = ("mean_final_bpb", "forgetting", "learning", "online_bpb")
-MEANS = (*SCORES, "base_bpb", "stored_bytes", "learner_step", "seconds")
+MEANS = (*SCORES, "base_bpb", "stored_bytes", "learner_step", "inline_step", "seconds")
 
 
 def build_outcome(options: Options, chosen: Mapping[str, Chosen], results: Results, command: str) -> Dict[str, Any]:
@@ -80,6 +80,9 @@ def page(outcome: Mapping[str, Any]) -> str:
         f"({', '.join(outcome['orders'])}), {cells} trials per row, with 95 % bootstrap intervals. Every method starts "
         f"from the same {outcome['start']} and spends the FLOPs of {outcome['epochs']:g} plain epochs of the stream; "
         f"{_tuned(outcome['tuning'])} (ablations take {OURS}'s).",
+        "",
+        "Learner: FLOPs that the learner itself spends on the stream, in full training steps per token. In line: FLOPs "
+        "that the next batch waits for, whoever spends them.",
     ]
     for regime, found in outcome["regimes"].items():
         lines += ["", f"### {heading(regime)}", "", *_table(found)]
@@ -112,6 +115,7 @@ def _table(found: Mapping[str, Any]) -> List[str]:
         "forgetting",
         "online",
         "learner",
+        "in line",
         "stored",
     ]
     rows = ["| " + " | ".join(head) + " |", "| --- " + "| ---: " * (len(head) - 1) + "|"]
@@ -128,6 +132,7 @@ def _table(found: Mapping[str, Any]) -> List[str]:
             f"{found['forgetting'][name]:+.3f}",
             f"{online:.3f}" if online is not None else "",
             f"{found['learner_step'][name]:.2f}",
+            f"{found['inline_step'][name]:.2f}" if name in found.get("inline_step", {}) else "",
             f"{found['stored_bytes'][name] / 1024:,.0f} KiB",
         ]
         rows.append("| " + " | ".join(cells) + " |")

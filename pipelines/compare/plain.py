@@ -127,7 +127,7 @@ class PlainTrainer:
         for segment in self.material.segments:
             self._learn(segment)
             self._boundary(segment)
-        self.trace.learner_flops = self.meter.total
+        self.trace.learner_flops = self.trace.inline_flops = self.meter.total
         return self.trace
 
     def _learn(self, segment: Segment) -> None:
@@ -370,5 +370,5 @@ class JointTrainer(PlainTrainer):
         self.trace.online.clear()
         self.trace.holds(material.stream_bytes)
         self.trace.score(self.model, material.stream_tokens)
-        self.trace.learner_flops = self.meter.total
+        self.trace.learner_flops = self.trace.inline_flops = self.meter.total
         return self.trace

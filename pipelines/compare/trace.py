@@ -36,7 +36,9 @@ class Trace:
     stored_bytes: int = 0
     """Most bytes held at any time."""
     learner_flops: float = 0.0
-    """FLOPs spent while the stream is being read, before the next batch may come in."""
+    """FLOPs that the learner itself spends on the stream, which sleep elsewhere does not."""
+    inline_flops: float = 0.0
+    """FLOPs that the next batch waits for, whoever spends them; days of many batches are slept on beside the stream."""
     notes: Dict[str, Any] = field(default_factory=dict)
 
     def score(self, model: NestedLM, tokens: int) -> Dict[str, float]:
@@ -73,6 +75,7 @@ class Trace:
             "curve": self.curve(),
             "flops": {**self.meter.spent, "total": self.meter.total},
             "learner_step": self.learner_flops / (self.meter.full * material.stream_tokens),
+            "inline_step": self.inline_flops / (self.meter.full * material.stream_tokens),
             "stored_bytes": self.stored_bytes,
             **self.notes,
         }

@@ -61,11 +61,12 @@ def test_a_step_that_goes_on_from_the_awake_pass_is_a_plain_step(material: Mater
     for mine, plain in zip(live.model.parameters(), twin.model.parameters(), strict=True):
         torch.testing.assert_close(mine, plain, atol=1e-6, rtol=1e-5)
     full, tokens = live.meter.full, size * live.cfg.model.context
-    assert live.meter.total == 2 * full * tokens and live.trace.learner_flops == live.meter.forward * tokens
+    assert live.meter.total == live.trace.inline_flops == 2 * full * tokens
+    assert live.trace.learner_flops == live.meter.forward * tokens
 
 
-def test_the_learner_does_not_wait_for_the_step_on_its_batch(material: Material, tmp_path: Path) -> None:
-    live, segment = trainer(material, tmp_path, handover=1.0, wake="none"), material.segments[0]
+def test_the_learner_need_not_wait_for_the_step_on_its_batch(material: Material, tmp_path: Path) -> None:
+    live, segment = trainer(material, tmp_path, handover=1.0, wake="none", late=True), material.segments[0]
     start = [p.detach().clone() for p in live.model.parameters()]
     live._live(segment, 0, 2, (0, 3))
     assert all(map(torch.equal, start, live.model.parameters())) and live.rounds == 0
@@ -73,6 +74,7 @@ def test_the_learner_does_not_wait_for_the_step_on_its_batch(material: Material,
     assert not all(map(torch.equal, start, live.model.parameters())) and live.rounds == 1
     live._live(segment, 4, 6, (2, 3))
     assert live.rounds == 3 and live.handed is None, "at a boundary nothing is left behind"
+    assert live.trace.inline_flops == live.trace.learner_flops < live.meter.total
 
 
 def test_awake_levels_learn_what_sleep_does_not_take_and_keep_their_periods(material: Material, tmp_path: Path) -> None:
