@@ -286,13 +286,16 @@ class CircadianTrainer:
         return (number + 1) * GATES // days > number * GATES // days
 
     def _judge(self, student: NestedLM) -> None:
-        """Let a candidate go live, or go back to the live model; probes are not those that methods are judged on."""
+        """Let a candidate go live, or go back to the live model; probes are not those that methods are judged on.
+
+        What has not cooled down, since a deep sleep follows, is not turned down: that sleep's outcome is.
+        """
         found = self._gate_scores(student)
-        self.unjudged = False
         evidence = Evidence(found, self.anchor_row, found, self.seen, [], Storage("", [], [], {}))
         if decide(evidence, self.cfg.gate, (check_loss, check_forgetting)).promoted:
-            self.anchor_row = found
-        else:
+            self.anchor_row, self.unjudged = found, False
+        elif self.asleep.floor <= self.night.floor:
+            self.unjudged = False
             self.rejected += 1
             self.asleep.forget_moments()  # of a candidate that may have diverged
             _copy_weights(self.live, student)

@@ -116,3 +116,19 @@ def test_without_a_base_everything_starts_from_nothing(cfg: Config, tmp_path: Pa
     found = live.run().result()
     assert found["mean_final_bpb"] < 8.0 and found["base_bpb"] is None
     assert 0.9 < live.meter.total / (2 * live.meter.full * material.stream_tokens) <= 1.0
+
+
+def test_only_what_has_cooled_down_is_turned_down(material: Material, tmp_path: Path) -> None:
+    live = trainer(material, tmp_path)
+    live.seen += ["new"]
+    live.anchor_row = live._gate_scores(live.model)
+    good = [p.detach().clone() for p in live.model.parameters()]
+    live._begin_candidate()
+    with torch.no_grad():
+        live.model.head.weight.normal_(0, 30.0)
+    live.asleep.floor = live.night.night_floor  # a deep sleep follows
+    live._judge(live.model)
+    assert live.rejected == 0 and live.unjudged and not all(map(torch.equal, good, live.model.parameters()))
+    live.asleep.floor = live.night.floor
+    live._judge(live.model)
+    assert live.rejected == 1 and not live.unjudged and all(map(torch.equal, good, live.model.parameters()))
