@@ -123,7 +123,7 @@ def test_all_start_from_the_same_base(cfg: Config, material: Material, tmp_path:
 
 
 def test_a_night_that_is_rejected_leaves_the_awake_model(cfg: Config, material: Material, tmp_path: Path) -> None:
-    wild = Method("circadian", night=Night(handover=0.0, gate=True, recent=1.0, rounds=4))
+    wild = Method("circadian", night=Night(handover=0.0, gate=True, recent=1.0, rounds=4, night_floor=0.05))
     key = Key("wild", wild, 3e-1, "whole", "A", 0, 2.0, False)
     found = Workshop(tmp_path, cfg).run(key, material)
     assert found["rejected"] > 0
