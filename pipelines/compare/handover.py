@@ -83,7 +83,7 @@ class HandoverTrainer(CircadianTrainer):
             self._step()
         if is_last and self.gated:
             self.credit += gate * day[1]
-            if self.unjudged:
+            if self.unjudged and self.credit >= (1.0 - 1e-9) * self._gate_flops:  # never on FLOPs that are not there
                 self._judge(self.model)
         return range(taken)
 
