@@ -1,18 +1,21 @@
-"""Night after night: what earlier sources lose. `python -m benchmarks.cycles --data DIR [--seeds N] [--json FILE]`.
+"""Cycle after cycle: what earlier sources lose. `python -m benchmarks.cycles --data DIR [--seeds N] [--json FILE]`.
 
-Circadian lives through a stream, asleep for a step after every awake batch; `NIGHTS` times per source every source is
-scored, and a night here is what lies between. The forgetting of a source is how much worse it is than it was at best
-since it was learned; what counts is whether it grows with the number of nights. That is fitted over the base's sources,
-which all nights can hurt: a mean over all sources falls whenever a fresh one joins it. DIR holds NAME/train.txt and
-NAME/valid.txt.
+Circadian lives through a stream in `--cycles` equal stretches, whatever sources these hold, and sleeps deeply after
+each: what that leaves behind is scored, as it is what may go live. With `--nights` it lives through the stream as in a
+trial, with one deep sleep at its end, and is scored `NIGHTS` times per source in between, while nights are still warm.
+
+The forgetting of a source is how much worse it is than it was at best since it was learned; what counts is whether it
+grows with the number of looks. That is fitted over the base's sources, which all of them can hurt: a mean over all
+sources falls whenever a fresh one joins it. DIR holds NAME/train.txt and NAME/valid.txt.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
@@ -23,6 +26,7 @@ from benchmarks.interleave import one_thread
 from benchmarks.results import keep_page
 from benchmarks.tables import Machine, markdown_table
 from nl_model.weights import write_durably
+from pipelines.checks import at_least
 from pipelines.compare.config import CIRCADIAN
 from pipelines.compare.handover import HandoverTrainer
 from pipelines.compare.material import Material, Segment, load_material, stream_of_folder
@@ -35,9 +39,13 @@ from pipelines.probe import Row, score
 
 ORDERS = ("A", "reverse")
 LR, EPOCHS = 4e-3, 2.0
-"""Peak step size asleep; FLOPs per stream token in plain steps."""
-NIGHTS = 16
-"""Looks at every source per source of the stream."""
+"""Peak step size asleep, unless given; FLOPs per stream token in plain steps."""
+CYCLES, NIGHTS = 10, 16
+"""Stretches of the stream; or looks at every source per source of the stream."""
+LEAST_CYCLES = 4
+"""Two in the second half, so that it has a slope."""
+COLUMNS = 4
+"""Looks that the page shows, beside the first."""
 
 
 class Nightly(HandoverTrainer):
@@ -64,28 +72,46 @@ class Nightly(HandoverTrainer):
         self.nights.append(Row(len(self.nights), self.position, found))
 
 
+def in_cycles(material: Material, number: int) -> Material:
+    """The stream in equal stretches of whole batches, across the boundaries of its sources."""
+    every, batch = material.segments, material.cfg.sleep.batch
+    tokens_NS, sources_N, bytes_N = (
+        np.concatenate([getattr(segment, key) for segment in every]) for key in ("tokens_NS", "sources_N", "bytes_N")
+    )
+    cuts = [round(i * len(tokens_NS) / number / batch) * batch for i in range(number)] + [len(tokens_NS)]
+    if min(np.diff(cuts)) < 1:
+        raise ValueError(
+            f"--cycles {number} is more than the {len(tokens_NS)} sequences of this stream fill; use fewer"
+        )
+    parts = [slice(*cut) for cut in itertools.pairwise(cuts)]
+    stretches = [Segment(f"cycle {i}", tokens_NS[p], sources_N[p], bytes_N[p]) for i, p in enumerate(parts, start=1)]
+    return replace(material, segments=stretches)
+
+
 @dataclass(frozen=True)
 class Life:
-    """One run: what every source had forgotten after each night, in bits per byte."""
+    """One run: what every source had forgotten at each look (after a cycle, or a night), in bits per byte."""
 
     order: str
     seed: int
-    nights: int
+    looks: int
     forgotten: Dict[str, List[float]]
-    """By source, from the night after it was learned on; 0 is the best so far."""
+    """By source, from the look after it was learned on; 0 is the best so far."""
     worst: List[float]
-    """The largest of them after each night."""
+    """The largest of them at each look."""
     base: List[float]
-    """Their mean over the base's sources after each night."""
+    """Their mean over the base's sources at each look."""
     final: float
     """The largest of them when the stream has ended, behind the deep sleep."""
+    mean: float
+    """Bits per byte over all sources then."""
     rejected: int
 
 
 def read(rows: Sequence[Row], material: Material) -> Tuple[Dict[str, List[float]], List[float], List[float]]:
     """Forgetting by source since it was learned, its largest over all sources, and its mean over the base's.
 
-    Rows are the base's and then one per night.
+    Rows are the base's and then one per look.
     """
     T, forgotten = material.cfg.model.context, {}
     known: List[List[float]] = [[] for _ in rows]
@@ -102,19 +128,28 @@ def read(rows: Sequence[Row], material: Material) -> Tuple[Dict[str, List[float]
     return forgotten, [max(values) for values in known[1:]], base
 
 
-def live(material: Material, shop: Workshop, order: str, seed: int) -> Life:
-    """One run through the stream."""
+def live(material: Material, shop: Workshop, order: str, seed: int, cycles: int, lr: float) -> Life:
+    """One run through the stream. cycles: stretches, each with its deep sleep; 0: as a trial, looked at every night."""
     torch.manual_seed(seed)
     weights = shop.base(material, seed, scratch=False)
-    trainer = Nightly(material, CIRCADIAN.night, LR, EPOCHS, float("inf"), seed, weights, shop.device)
-    last = trainer.run().rows[-1]
-    forgotten, worst, base = read(trainer.nights, material)
-    _, final, _ = read([*trainer.nights, last], material)
-    return Life(order, seed, len(worst), forgotten, worst, base, final[-1], trainer.rejected)
+    shared = (lr, EPOCHS, float("inf"), seed, weights, shop.device)
+    if cycles:
+        often = replace(CIRCADIAN.night, deep_every=1)
+        trainer = HandoverTrainer(in_cycles(material, cycles), often, *shared)
+        rows = trainer.run().rows
+        every = rows
+    else:
+        trainer = Nightly(material, CIRCADIAN.night, *shared)
+        last = trainer.run().rows[-1]
+        rows, every = trainer.nights, [*trainer.nights, last]
+    forgotten, worst, base = read(rows, material)
+    _, final, _ = read(every, material)
+    mean = float(np.mean(list(every[-1].bpb.values())))
+    return Life(order, seed, len(worst), forgotten, worst, base, final[-1], mean, trainer.rejected)
 
 
 def summary(lives: Sequence[Life], budget: float) -> Dict[str, Any]:
-    """Slopes per night with 95 % intervals, by order, and the largest forgetting against the gate's budget."""
+    """Slopes per look with 95 % intervals, by order, and the largest forgetting against the gate's budget."""
     found: Dict[str, Any] = {
         "budget": budget,
         "largest": max(max(life.worst) for life in lives),
@@ -135,27 +170,45 @@ def summary(lives: Sequence[Life], budget: float) -> Dict[str, Any]:
     return found
 
 
-def render(lives: Sequence[Life], found: Dict[str, Any], material: Material) -> str:
-    """Markdown: forgetting night by night, and whether it grows."""
+def render(lives: Sequence[Life], found: Dict[str, Any], material: Material, what: str, lr: float) -> str:
+    """Markdown: forgetting look by look, and whether it grows. what: a look's name. lr: peak step size asleep."""
     length = min(len(life.worst) for life in lives)
-    columns = sorted({0, length // 4, length // 2, 3 * length // 4, length - 1})
+    columns = sorted({round(i * (length - 1) / COLUMNS) for i in range(COLUMNS + 1)})
     rows = []
     for life in lives:
         cells = [f"{life.base[i]:+.3f} / {life.worst[i]:+.3f}" for i in columns]
-        rows.append([life.order, str(life.seed), str(life.nights), str(life.rejected), *cells, f"{life.final:+.3f}"])
-    head = ["order", "seed", "nights", "rejected", *(f"night {i + 1}" for i in columns), "at the end"]
+        rows.append(
+            [
+                life.order,
+                str(life.seed),
+                str(life.looks),
+                str(life.rejected),
+                *cells,
+                f"{life.final:+.3f}",
+                f"{life.mean:.3f}",
+            ]
+        )
+    head = [
+        "order",
+        "seed",
+        f"{what}s",
+        "rejected",
+        *(f"{what} {i + 1}" for i in columns),
+        "at the end",
+        "bits per byte",
+    ]
     lines = [
-        f"Sources {', '.join(material.sources)}; step size {LR:g}. Each cell: forgetting of the base's sources, mean / "
+        f"Sources {', '.join(material.sources)}; step size {lr:g}. Each cell: forgetting of the base's sources, mean / "
         "of the source that fares worst, in bits per byte against the best figure so far; negative: better than ever. "
-        "At the end: the worst source behind the deep sleep.",
+        "At the end: the worst source behind the last deep sleep, and the mean over all sources.",
         markdown_table(head, rows),
-        f"Largest after any night: {found['largest']:+.3f}; at the end: {found['final']:+.3f}; the gate's budget (its "
+        f"Largest after any {what}: {found['largest']:+.3f}; at the end: {found['final']:+.3f}; the gate's budget (its "
         f"default) is {found['budget']:g}.",
     ]
     for order in ORDERS:
         since = ", ".join(f"{name} {fit['slope']:+.4f}" for name, fit in found[order]["since"].items())
         lines.append(
-            f"* order {order}: the base's mean forgetting changes by {_fit(found[order]['base'])} per night, over the "
+            f"* order {order}: the base's mean forgetting changes by {_fit(found[order]['base'])} per {what}, over the "
             f"second half by {_fit(found[order]['second_half'])}; each source since it was learned: {since}"
         )
     return "\n\n".join(lines)
@@ -173,9 +226,16 @@ def main() -> None:
     parser.add_argument("--stream", default="play,code_c,law_de", help="sources to learn, in order A")
     parser.add_argument("--base", default="wiki,math", help="the sources that are known already")
     parser.add_argument("--seeds", type=int, default=3)
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--cycles", type=int, default=CYCLES, help="stretches of the stream, each with its deep sleep")
+    kind.add_argument("--nights", action="store_true", help="look at warm nights instead, as in a trial")
+    parser.add_argument("--lr", type=float, default=LR, help="peak step size asleep")
     parser.add_argument("--work", type=Path, help="folder that keeps bases between runs")
     parser.add_argument("--json", type=Path, help="also write {summary, lives} to this file")
     args = parser.parse_args()
+    at_least("--lr", args.lr, 1e-9)
+    cycles, what = (0, "night") if args.nights else (args.cycles, "cycle")
+    at_least("--cycles", args.cycles, LEAST_CYCLES)
     overrides = [*stream_of_folder([f"stream.path={args.data}"]), f"stream.sources=[{args.stream}]"]
     cfg = load_config("default", [*overrides, f"base.sources=[{args.base}]", *args.overrides], "micro")
     lives = []
@@ -183,18 +243,22 @@ def main() -> None:
         shop = Workshop(args.work or Path(folder), cfg)
         for order in ORDERS:
             material = load_material(cfg, order)
+            in_cycles(material, max(1, cycles))  # a clear error before a base is pretrained
             for seed in range(args.seeds):
-                lives.append(live(material, shop, order, seed))
+                lives.append(live(material, shop, order, seed, cycles, args.lr))
                 print(f"order {order}, seed {seed}: {' '.join(f'{x:+.2f}' for x in lives[-1].worst)}", flush=True)
     found = summary(lives, GateConfig().max_forgetting)
-    page = render(lives, found, material)
+    page = render(lives, found, material, what, args.lr)
     print(page)
     if args.json:
         payload = {"summary": found, "lives": [asdict(life) for life in lives], "machine": Machine.here().show()}
         args.json.parent.mkdir(parents=True, exist_ok=True)
         write_durably(args.json, (json.dumps(payload, indent=1) + "\n").encode())
         command = f"python -m benchmarks.cycles --data DIR --stream {args.stream} --base {args.base}"
-        keep_page(args.json, " ".join([command, f"--seeds {args.seeds}", *args.overrides]), page)
+        mode = "--nights" if args.nights else f"--cycles {args.cycles}"
+        keep_page(
+            args.json, " ".join([command, mode, f"--lr {args.lr:g}", f"--seeds {args.seeds}", *args.overrides]), page
+        )
 
 
 if __name__ == "__main__":

@@ -98,7 +98,10 @@ def report(run_dir: Path = typer.Argument(..., help="A run directory.")) -> None
 @app.command()
 def compare(
     arguments: Optional[List[str]] = ARGUMENTS,
-    methods: str = typer.Option("circadian,naive,joint,replay_25,replay_50", help="Names, families_*, or all."),
+    methods: str = typer.Option(
+        "circadian,naive,joint,replay_25,replay_50",
+        help="Names, families_*, all; NAME:KEY=VALUE:... changes settings of a method.",
+    ),
     seeds: str = typer.Option("0,1,2", help="Seeds of base, batches and replay."),
     orders: str = typer.Option("A,reverse", help="A (as configured), reverse, random-N."),
     regimes: str = typer.Option(
@@ -107,6 +110,7 @@ def compare(
     ),
     preset: str = typer.Option("micro", help="Sizes: micro (hours on two cores), small or base (GPU), none."),
     grid: str = typer.Option("1e-3,2e-3,4e-3,8e-3", help="Step sizes that every method is tuned over."),
+    tuned_in: str = typer.Option("whole", help="The regime that methods are tuned in."),
     settings: Optional[Path] = typer.Option(None, help="An earlier outcome whose tuning counts here as well."),
     epochs: float = typer.Option(2.0, help="Total FLOPs, in plain epochs of the stream."),
     scratch: bool = typer.Option(False, help="Start from random weights instead of a base."),
@@ -114,9 +118,9 @@ def compare(
     out: Path = typer.Option(Path("compare.json"), help="The outcome; its page and pictures go beside it."),
 ) -> None:
     """Compare methods on a stream at equal FLOPs and stored bytes. The same command continues what was cut off."""
-    from pipelines.compare.config import Options  # noqa: PLC0415
     from pipelines.compare.material import stream_of_folder  # noqa: PLC0415
-    from pipelines.compare.runner import names  # noqa: PLC0415
+    from pipelines.compare.names import names  # noqa: PLC0415
+    from pipelines.compare.options import Options  # noqa: PLC0415
 
     name, overrides = split_arguments(arguments)
     cfg = load_config(name, stream_of_folder(overrides), "" if preset == "none" else preset)
@@ -128,6 +132,7 @@ def compare(
         seeds=tuple(int(n) for n in numbers(seeds, "--seeds")),
         orders=tuple(orders.split(",")),
         regimes=tuple(regimes.split(",")),
+        tuned_in=tuned_in,
         grid=numbers(grid, "--grid"),
         epochs=epochs,
         scratch=scratch,

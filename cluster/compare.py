@@ -12,8 +12,8 @@ from typing import Any, Dict, List, Optional, Tuple
 from rich.console import Console
 
 from nl_model.weights import write_durably
-from pipelines.compare.config import Options
 from pipelines.compare.figures import write_figures
+from pipelines.compare.options import Options
 from pipelines.compare.outcome import build_outcome, page
 from pipelines.compare.runner import Chosen, Comparison, read_chosen
 from pipelines.config import Config

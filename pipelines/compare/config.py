@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Dict, Tuple
+from typing import Any, Dict
 
 from pipelines.checks import at_least, one_of, share
 
@@ -119,6 +119,7 @@ class Night:
         for key in (*shares, "on_policy", "floor", "night_floor", "balance"):
             share(key, getattr(self, key))
         at_least("slots", self.slots, 0)
+        share("recent_end", max(0.0, self.recent_end))
         share("handover", self.handover)
         own = [k for k in ("teacher", "anchor", "dream", "on_policy", "slots", "online") if getattr(self, k)]
         if self.handover and (own or self.wake == "all"):
@@ -172,6 +173,8 @@ class Method:
             share(key, getattr(self, key))
         at_least("ewc", self.ewc, 0)
         at_least("lora", self.lora, 0)
+        at_least("der_top", self.der_top, 1)
+        at_least("reptile_every", self.reptile_every, 1)
         at_least("joins", self.joins, 1)
 
     @property
@@ -249,48 +252,3 @@ VARIANTS: Dict[str, Dict[str, Method]] = {
     "lora": {f"rank {rank}": Method(lora=rank) for rank in (16, 64)},
 }
 """Settings that tuning tries at a method's best step size; step sizes are tried with the first."""
-
-
-EXTRA_RATES = 2
-"""Step sizes beyond the grid."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What one comparison runs. Trials that are done already are not run again."""
-
-    methods: Tuple[str, ...] = ("circadian", "naive", "joint", "replay_25", "replay_50")
-    """Names out of `METHODS`."""
-    seeds: Tuple[int, ...] = (0, 1, 2)
-    """Seeds of the base, of batches and of replay."""
-    orders: Tuple[str, ...] = ("A", "reverse")
-    """A: as configured; reverse; random-N: a permutation drawn with seed N."""
-    regimes: Tuple[str, ...] = ("whole",)
-    """Names out of `REGIMES`."""
-    grid: Tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)
-    """Step sizes that every method is tuned over, on order A with a seed of its own; where the best one is at an edge,
-    twice or half of it is tried as well, `EXTRA_RATES` times at most."""
-    tuning_seed: int = 1000
-    """Seed of tuning; none of the seeds that are reported."""
-    tuning_share: float = 0.5
-    """Share of every source's bytes (stream.max_source_bytes) that tuning reads."""
-    epochs: float = 2.0
-    """Total FLOPs, in plain training steps over the whole stream (2: every token twice)."""
-    scratch: bool = False
-    """Start from random weights instead of a base."""
-
-    def __post_init__(self) -> None:
-        for name in self.regimes:
-            one_of("--regimes", name, tuple(REGIMES))
-            dear = [m for m in self.methods if m in METHODS and METHODS[m].night.wake == "all"]
-            if REGIMES[name].asleep and dear:
-                raise ValueError(
-                    f"--regimes: {name} leaves less than a full step per token, which {', '.join(dear)} spends awake; "
-                    "compare them apart"
-                )
-        if len(self.grid) < 1:
-            raise ValueError("--grid is empty; give step sizes to tune over")
-        at_least("--epochs", self.epochs, 0.5)
-        share("tuning_share", self.tuning_share)
-        if self.tuning_seed in self.seeds:
-            raise ValueError(f"--seeds {self.seeds} contain the tuning seed {self.tuning_seed}; choose other seeds")

@@ -8,6 +8,7 @@ from typing import Any, List, Mapping
 import numpy as np
 from matplotlib.figure import Figure
 
+from pipelines.compare.names import CHANGE
 from pipelines.plots import COLOURS, DASHES, INK, save
 
 COLUMNS = 4
@@ -73,7 +74,7 @@ def matrices(found: Mapping[str, Any], regime: str) -> Figure:
         axes.imshow(mean, cmap="viridis", vmin=2, vmax=7, aspect="auto")
         axes.set_xticks(range(mean.shape[1]), trials[0]["sources"], fontsize=6, rotation=30)
         axes.set_yticks(range(mean.shape[0]), range(mean.shape[0]), fontsize=6)
-        axes.set_title(name, fontsize=9)
+        axes.set_title(name.replace(CHANGE, f"\n{CHANGE}"), fontsize=9)
         for (k, i), value in np.ndenumerate(mean):
             axes.text(i, k, f"{value:.2f}", ha="center", va="center", fontsize=6, color="white")
     figure.suptitle(f"Bits per byte on each source (columns) after each source (rows), {regime}", fontsize=10)

@@ -7,7 +7,9 @@ from typing import Any, Dict, List, Mapping, Tuple
 
 import numpy as np
 
-from pipelines.compare.config import REGIMES, Options
+from pipelines.compare.config import REGIMES
+from pipelines.compare.names import is_changed
+from pipelines.compare.options import Options
 from pipelines.compare.runner import OURS, Chosen
 from pipelines.compare.statistics import columns, gap_closed, interval, paired
 
@@ -28,6 +30,7 @@ def build_outcome(options: Options, chosen: Mapping[str, Chosen], results: Resul
             "grid": list(options.grid),
             "seed": options.tuning_seed,
             "order": "A",
+            "regime": options.tuned_in,
             "share": options.tuning_share,
             "chosen": {name: {"lr": c.lr, "method": asdict(c.method), "tried": c.tried} for name, c in chosen.items()},
         },
@@ -79,7 +82,7 @@ def page(outcome: Mapping[str, Any]) -> str:
         f"Bits per byte, lower is better: means over {len(outcome['seeds'])} seeds x {len(outcome['orders'])} orders "
         f"({', '.join(outcome['orders'])}), {cells} trials per row, with 95 % bootstrap intervals. Every method starts "
         f"from the same {outcome['start']} and spends the FLOPs of {outcome['epochs']:g} plain epochs of the stream; "
-        f"{_tuned(outcome['tuning'])} (ablations take {OURS}'s).",
+        f"{_tuned(outcome['tuning'])} (ablations take {OURS}'s{_borrowed(outcome)}).",
         "",
         "Learner: FLOPs that the learner itself spends on the stream, in full training steps per token. In line: FLOPs "
         "that the next batch waits for, whoever spends them.",
@@ -92,10 +95,21 @@ def page(outcome: Mapping[str, Any]) -> str:
 def _tuned(tuning: Mapping[str, Any]) -> str:
     if taken := tuning.get("taken_from"):
         return f"step sizes and variants are those of {taken}, not tuned again"
+    if not any(entry["tried"] for entry in tuning["chosen"].values()):
+        return "step sizes are those in the names, not tuned"
     return (
-        f"step sizes tuned over {tuning['grid']} (and beyond, where an edge was best) on order A, on the first "
-        f"{tuning['share']:.0%} of each source, with a seed of its own, then frozen"
+        f"step sizes tuned {_inside(tuning)}over {tuning['grid']} (and beyond, where an edge was best) "
+        f"on order A, on the first {tuning['share']:.0%} of each source, with a seed of its own, then frozen"
     )
+
+
+def _inside(tuning: Mapping[str, Any]) -> str:
+    return "" if tuning.get("regime", "whole") == "whole" else f"with this store ({tuning['regime']}) "
+
+
+def _borrowed(outcome: Mapping[str, Any]) -> str:
+    changed = any(is_changed(name) for name in outcome["tuning"]["chosen"])
+    return ", methods with settings in their name that of the method they change unless they set lr" if changed else ""
 
 
 def heading(name: str) -> str:

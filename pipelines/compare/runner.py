@@ -8,11 +8,13 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Set, Tuple, TypeVar
+from typing import Any, Callable, Dict, List, Mapping, Optional, Set, Tuple, TypeVar
 
 from nl_model.model import NestedLM
-from pipelines.compare.config import EXTRA_RATES, METHODS, REGIMES, VARIANTS, Method, Options
+from pipelines.compare.config import METHODS, REGIMES, VARIANTS, Method
 from pipelines.compare.material import Material, load_material
+from pipelines.compare.names import head_of, is_changed, lr_of, method_of
+from pipelines.compare.options import EXTRA_RATES, Options
 from pipelines.compare.trial import WAIT, Key, Workshop
 from pipelines.config import Config
 
@@ -65,14 +67,17 @@ class Comparison:
         options = self.options
         chosen = {**self.frozen, **_work_off({name: partial(self.tune, name) for name in self._tuned()})}
         for name in options.methods:
-            if name not in chosen:  # an ablation changes one thing: the step size stays
-                chosen[name] = Chosen(METHODS[name], chosen[OURS].lr, [])
+            if name not in chosen:  # what changes one thing keeps the step size
+                lr = lr_of(name)
+                tuned = chosen[head_of(name)].method if head_of(name) in chosen else None
+                chosen[name] = Chosen(method_of(name, tuned), chosen[_lends_step(name)].lr if lr is None else lr, [])
         jobs: Dict[Tuple[str, str, str, int], Callable[[], Dict[str, Any]]] = {}
         for seed, order, regime in itertools.product(options.seeds, options.orders, options.regimes):
             for name in options.methods:
                 key = self._key(name, chosen[name].method, chosen[name].lr, regime, order, seed)
                 jobs[regime, name, order, seed] = partial(self._result, key)
-        return {name: chosen[name] for name in options.methods}, _work_off(jobs)
+        shown = dict.fromkeys([*options.methods, *self._tuned()])
+        return {name: chosen[name] for name in shown}, _work_off(jobs)
 
     @property
     def done(self) -> int:
@@ -80,11 +85,9 @@ class Comparison:
         return len(self.counted)
 
     def _tuned(self) -> List[str]:
-        """Methods that are tuned: all but ablations, which take Circadian's step size."""
-        ablations = [name for name in self.options.methods if name.startswith(ABLATION)]
-        others = [name for name in self.options.methods if name not in ablations]
-        wanted = others if not ablations or OURS in others else [OURS, *others]
-        return [name for name in wanted if name not in self.frozen]
+        """Methods that are tuned: all but ablations and changed ones, whose step size is that of what they change."""
+        wanted = (_lends_step(name) for name in self.options.methods if lr_of(name) is None)
+        return [name for name in dict.fromkeys(wanted) if name not in self.frozen]
 
     def tune(self, name: str) -> Chosen:
         """The best step size on order A with the tuning seed, then the best variant of the method at it.
@@ -97,7 +100,7 @@ class Comparison:
 
         def final(variant: str, lr: float) -> float:
             options = self.options
-            key = self._key(name, variants[variant], lr, "whole", "A", options.tuning_seed, tuning=True)
+            key = self._key(name, variants[variant], lr, options.tuned_in, "A", options.tuning_seed, tuning=True)
             value = float(self._result(key, tuning=True)["mean_final_bpb"])
             tried.append((variant, lr, value if math.isfinite(value) else math.inf))
             return tried[-1][2]
@@ -161,6 +164,12 @@ class Comparison:
         )
 
 
+def _lends_step(name: str) -> str:
+    """The method whose step size one takes: an ablation Circadian's, a changed one its head's, all others their own."""
+    head = head_of(name)
+    return OURS if head.startswith(ABLATION) else head
+
+
 def _work_off(jobs: Mapping[Name, Callable[[], Result]]) -> Dict[Name, Result]:
     """Do jobs one after the other; one whose trial another process is doing comes again after the others."""
     found: Dict[Name, Result] = {}
@@ -179,27 +188,14 @@ def _work_off(jobs: Mapping[Name, Callable[[], Result]]) -> Dict[Name, Result]:
 
 
 def read_chosen(outcome: Mapping[str, Any]) -> Dict[str, Chosen]:
-    """What the comparison behind an outcome has chosen, ablations left out (they follow Circadian).
+    """What the comparison behind an outcome has chosen, ablations and changed methods left out (they follow others).
 
     Circadian's own family has no variants to choose from: its settings are those of `METHODS`.
     """
     found = {}
     for name, entry in outcome["tuning"]["chosen"].items():
-        if not name.startswith(ABLATION):
+        if not name.startswith(ABLATION) and not is_changed(name):
             settings = {key: value for key, value in entry["method"].items() if key != "night"}
             method = METHODS[name] if settings["family"] == "circadian" else Method(**settings)
             found[name] = Chosen(method, entry["lr"], [tuple(t) for t in entry["tried"]])
     return found
-
-
-def names(given: str) -> Iterator[str]:
-    """Method names out of a comma-separated list; `all` stands for all, a trailing * for a family of names."""
-    for part in given.split(","):
-        if part == "all":
-            yield from METHODS
-        elif part.endswith("*"):
-            yield from (name for name in METHODS if name.startswith(part[:-1]))
-        elif part in METHODS:
-            yield part
-        else:
-            raise ValueError(f"--methods: {part!r} is unknown; use all, or some of {', '.join(METHODS)}")

@@ -9,9 +9,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Dict, List
 
+import numpy as np
 import pytest
 
 from benchmarks import cycles, transfer
+from pipelines.compare.material import load_material, stream_of_folder
+from pipelines.load_config import load_config
 from pipelines.probe import Row
 
 SMALL = [
@@ -46,17 +49,41 @@ def measured(module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     return json.loads(out.read_text())  # type: ignore[no-any-return]
 
 
-def test_cycles_fit_the_base_over_nights_alone(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    args = ["--data", str(folder), "--stream", "beta,gamma", "--base", "alpha", "--seeds", "1"]
+@pytest.mark.parametrize("mode", [["--nights"], ["--cycles", "5"]])
+def test_cycles_fit_the_base_alone(
+    mode: List[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ["--data", str(folder), "--stream", "beta,gamma", "--base", "alpha", "--seeds", "1", *mode]
+    deep: List[int] = []
+    sleep_deep = cycles.HandoverTrainer._deep_sleep
+    counted = lambda self, recent_NS: (deep.append(1), sleep_deep(self, recent_NS))[1]  # noqa: E731
+    monkeypatch.setattr(cycles.HandoverTrainer, "_deep_sleep", counted)
     found = measured(cycles, monkeypatch, tmp_path, args)
+    assert len(deep) == (2 if mode == ["--nights"] else 10), "one in every life, or one after every cycle"
     assert {life["order"] for life in found["lives"]} == {"A", "reverse"}
     for life in found["lives"]:
-        assert life["nights"] == len(life["base"]) == len(life["worst"]) >= 12
+        assert life["looks"] == len(life["base"]) == len(life["worst"])
+        assert life["looks"] >= 12 if mode == ["--nights"] else life["looks"] == 5
         assert life["base"] == life["forgotten"]["alpha"], "one source of the base: its mean is its own"
         assert len(life["forgotten"]["beta"]) != len(life["forgotten"]["gamma"])
     summary = found["summary"]
     assert summary["largest"] == max(max(life["worst"]) for life in found["lives"])
     assert summary["A"]["base"]["low"] <= summary["A"]["base"]["slope"] <= summary["A"]["base"]["high"]
+    assert f" {' '.join(mode)} " in (tmp_path / "found.md").read_text(), "the page says which"
+
+
+def test_cycles_cut_the_stream_and_nothing_else(folder: Path) -> None:
+    stream = [*stream_of_folder([f"stream.path={folder}"]), "stream.sources=[beta,gamma]", "base.sources=[alpha]"]
+    material = load_material(load_config("default", [*stream, *SMALL], "micro"), "A")
+    parts = cycles.in_cycles(material, 3).segments
+    for key in ("tokens_NS", "sources_N", "bytes_N"):
+        whole, cut = (np.concatenate([getattr(s, key) for s in segments]) for segments in (material.segments, parts))
+        assert np.array_equal(whole, cut)
+    sizes = [len(part.tokens_NS) for part in parts]
+    assert max(sizes) - min(sizes) <= 8 and all(size % 4 == 0 for size in sizes[:-1]), "whole batches, about equal"
+    assert len(np.unique(parts[1].sources_N)) == 2, "boundaries of sources are none of cycles"
+    with pytest.raises(ValueError, match=r"--cycles 500 is more than the .* sequences of this stream fill"):
+        cycles.in_cycles(material, 500)
 
 
 def test_what_was_forgotten_counts_from_the_best_since_it_was_learned() -> None:

@@ -15,11 +15,12 @@ from typer.testing import CliRunner
 from cluster.cli import app
 from pipelines.compare.asleep import dream_loss
 from pipelines.compare.circadian import CircadianTrainer
-from pipelines.compare.config import EXTRA_RATES, METHODS, REGIMES, Method, Night, Options
+from pipelines.compare.config import METHODS, REGIMES, Method, Night
 from pipelines.compare.material import Material, load_material, stream_of_folder
 from pipelines.compare.meter import Meter
+from pipelines.compare.options import EXTRA_RATES, Options
 from pipelines.compare.plain import PlainTrainer
-from pipelines.compare.runner import Comparison
+from pipelines.compare.runner import Chosen, Comparison
 from pipelines.compare.trial import Key, Workshop
 from pipelines.config import Config
 from pipelines.load_config import load_config
@@ -208,6 +209,46 @@ def test_settings_of_an_earlier_outcome_are_not_tuned_again(folder: Path, tmp_pa
     assert later["regimes"]["whole"]["mean_final_bpb"] == earlier["regimes"]["whole"]["mean_final_bpb"]
     wrong = CliRunner().invoke(app, [*common, "--settings", str(folder / "alpha" / "train.txt")])
     assert wrong.exit_code != 0 and "no outcome of `circadian compare`" in str(wrong.exception)
+
+
+def test_changed_methods_stand_beside_the_one_that_they_change(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "changed.json"
+    common = ["compare", "default", f"stream.path={folder}", *SMALL, "--seeds", "0", "--orders", "A", "--grid", "2e-3"]
+    common += ["--work", str(tmp_path / "work"), "--out", str(out), "--methods"]
+    done = CliRunner().invoke(app, [*common, "naive:schedule=constant,naive:lr=5e-4,circadian:lr=1e-3:bank=0"])
+    assert done.exit_code == 0, done.output + str(done.exception)
+    outcome = json.loads(out.read_text())
+    chosen = outcome["tuning"]["chosen"]
+    assert [entry["lr"] for entry in chosen.values()] == [2e-3, 5e-4, 1e-3, 2e-3], "the last is naive itself"
+    assert chosen["naive:schedule=constant"]["method"]["schedule"] == "constant"
+    assert chosen["circadian:lr=1e-3:bank=0"]["method"]["night"]["bank"] == 0
+    assert "tuning naive " in done.output and "tuning circadian" not in done.output, "who lends a step size is tuned"
+    assert "methods with settings in their name that of the method they change" in out.with_suffix(".md").read_text()
+    free = [*common, "naive:lr=5e-4,circadian:lr=1e-3:bank=0", "--seeds", "1000"]
+    done = CliRunner().invoke(app, free)
+    assert done.exit_code == 0, "where nothing is tuned, the tuning seed may be looked at: " + done.output
+    assert "step sizes are those in the names, not tuned" in out.with_suffix(".md").read_text()
+    wrong = CliRunner().invoke(app, [*common, "naive:replay=2"])
+    assert wrong.exit_code != 0 and "replay=2.0 must lie between 0 and 1" in str(wrong.exception)
+
+
+def test_a_changed_method_begins_where_tuning_ended(cfg: Config, tmp_path: Path) -> None:
+    tuned = Chosen(Method(schedule="constant"), 7e-4, [])
+    options = Options(methods=("naive:merge=0.5", "circadian_late:bank=0.25"), seeds=(0,), orders=("A",))
+    frozen = {"naive": tuned, "circadian": Chosen(METHODS["circadian"], 3e-3, [])}
+    chosen, results = Comparison(cfg, options, tmp_path, lambda *_: None, frozen).run()
+    assert chosen["naive:merge=0.5"] == Chosen(Method(schedule="constant", merge=0.5), 7e-4, [])
+    late = chosen["circadian_late:bank=0.25"]
+    assert late.lr == 3e-3 and late.method.night == replace(METHODS["circadian_late"].night, bank=0.25)
+    assert len(results) == 2
+
+
+def test_tuning_may_be_done_with_the_store_that_is_compared(cfg: Config, tmp_path: Path) -> None:
+    options = Options(("replay_50:balance=1",), (0,), ("A",), ("cap5",), grid=(1e-3,), tuned_in="cap5")
+    seen: List[str] = []
+    chosen, _ = Comparison(cfg, options, tmp_path, lambda what, *_: seen.append(what)).run()
+    assert seen[0].startswith("tuning replay_50 cap5 A seed 1000")
+    assert chosen["replay_50"].tried and set(chosen) == {"replay_50", "replay_50:balance=1"}, "who was tuned is told"
 
 
 def trainer(cfg: Config, material: Material, tmp_path: Path, capacity: float, **changes: Any) -> CircadianTrainer:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.compare.config import METHODS, REGIMES, VARIANTS, Method, Night, Options
+from pipelines.compare.config import CIRCADIAN, METHODS, REGIMES, VARIANTS, Method, Night
 from pipelines.compare.material import order_sources
 from pipelines.compare.memory import TOP_BYTES, Memory
+from pipelines.compare.names import lr_of, method_of, names
+from pipelines.compare.options import Options
 from pipelines.compare.plain import _fitting_top, _new_counts, _visits
 from pipelines.compare.pulls import keep_top, top_divergence
-from pipelines.compare.runner import names
 from pipelines.compare.statistics import gap_closed, interval, paired, slope
 from pipelines.probe import Row, read_matrix
 
@@ -147,11 +151,50 @@ def test_methods_are_named_singly_in_families_and_all_together() -> None:
         list(names("naive,replay"))
 
 
+def test_a_name_may_change_settings_of_its_method() -> None:
+    name = "circadian:bank=0.25:fewest=false:lr=2e-3"
+    assert list(names(f"naive,{name}")) == ["naive", name] and lr_of(name) == 2e-3 and lr_of("circadian") is None
+    assert method_of(name) == replace(CIRCADIAN, night=replace(CIRCADIAN.night, bank=0.25, fewest=False))
+    assert method_of("circadian_nights:rounds=4").night == replace(METHODS["circadian_nights"].night, rounds=4)
+    winner = Method(replay=0.8, balance=0.5, joins=16)
+    assert method_of("replay_tuned:merge=0.25", winner) == replace(winner, merge=0.25), "what tuning chose is changed"
+    assert method_of("replay_50:replay=0.6:schedule=constant") == Method(replay=0.6, schedule="constant")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("circadia:bank=0.5", "'circadia' is unknown"),
+        ("circadian:bank", "'bank' in 'circadian:bank' is no change; write KEY=VALUE"),
+        ("circadian:replay=0.5", "'replay' is unknown; use lr, or one of wake, "),
+        ("naive:night=1", "'night' is unknown"),
+        ("circadian:fewest=yes", "fewest='yes' must be true or false"),
+        ("circadian:rounds=1.5", "rounds='1.5' must be a whole number"),
+        ("circadian:bank=much", "'much' in 'circadian:bank=much' is no number"),
+        ("circadian:bank=nan", "is no finite number"),
+        ("circadian:bank=2", "bank=2.0 must lie between 0 and 1"),
+        ("circadian:lr=0", "sets lr to no positive number"),
+        ("circadian:lr=1e-3:lr=2e-3", "sets 'lr' twice"),
+        ("circadian_*:bank=0", "settings change one method, not a family"),
+        ("all:lr=1e-3", "settings change one method, not a family"),
+        ("circadian:teacher=0.3", "'circadian:teacher=0.3': handover=0.5 leaves no pass of sleep's own"),
+        ("mer:reptile_every=0", "reptile_every=0 must be at least 1"),
+        ("der:der_top=-3", "der_top=-3 must be at least 1"),
+        ("circadian_nights:recent_end=7", "recent_end=7.0 must lie between 0 and 1"),
+    ],
+)
+def test_changes_that_cannot_be_are_named(name: str, said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        list(names(name))
+
+
 @pytest.mark.parametrize(
     ("build", "said"),
     [
         (lambda: Options(seeds=(0, 1000)), "contain the tuning seed 1000"),
         (lambda: Options(regimes=("half",)), "--regimes='half' is unknown"),
+        (lambda: Options(tuned_in="half"), "--tuned-in='half' is unknown"),
+        (lambda: Options(methods=("naive:lr=1e-3", "joint"), seeds=(1000,)), "contain the tuning seed 1000"),
         (lambda: Options(grid=()), "--grid is empty"),
         (lambda: Options(methods=("one_frequency",), regimes=("sleep10",)), "which one_frequency spends awake"),
         (lambda: Method(replay=1.5), "replay=1.5 must lie between 0 and 1"),
