@@ -179,8 +179,10 @@ class OnlineLearner:
         return relative_distance(parameters_of(self.awake.model, "learner"), self.rest)
 
     def _mark(self, cause: Cause) -> Mark:
+        """What is written once stays: a round may read it by now, and an adoption since then rounds it otherwise."""
         file = f"checkpoints/fast-{self.awake.tokens:015d}.safetensors"
-        save_tensors(self.run_dir / file, self.awake.unshifted(), {"tokens": self.awake.tokens})
+        if not (self.run_dir / file).exists():
+            save_tensors(self.run_dir / file, self.awake.unshifted(), {"tokens": self.awake.tokens})
         return Mark(self.awake.tokens, self.version, self.last_key, file, cause.to_json())
 
     def _log(self, records: List[Record]) -> Callable[[], None]:

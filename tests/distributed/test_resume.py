@@ -46,6 +46,13 @@ def stored(run: Run) -> Tuple[np.ndarray, np.ndarray]:
     return snapshot.keys[order], snapshot.tokens(order)
 
 
+def written_after_their_mark(run: Run) -> List[str]:
+    """Fast weights that were written again after a round had pinned them."""
+    marks = {event["fast"]: event["t"] for event in run.events("round_queued")}
+    assert len(marks) >= 4
+    return [file for file, at in marks.items() if (run.directory / file).stat().st_mtime > at]
+
+
 def assert_same(one: Dict[str, torch.Tensor], other: Dict[str, torch.Tensor]) -> None:
     assert one.keys() == other.keys()
     for name, tensor in one.items():
@@ -66,6 +73,8 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(runs: Path) -> None:
     assert killed.finish() == 0, killed.tail()
     assert sum(event["resumed"] for event in killed.events("run_started")) == len(positions)
 
+    # The stream ends at a boundary here, where its end and the boundary both ask for a mark.
+    assert (written_after_their_mark(whole), written_after_their_mark(killed)) == ([], [])
     one, two = whole.summary(), killed.summary()
     assert one["tokens_streamed"] == 2 * 16384 and len(one["rounds"]) >= 4
     for key in ("matrix", "rows", "tokens_streamed", "stream_cursor", "experiences"):
