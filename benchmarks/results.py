@@ -1,4 +1,4 @@
-"""Every benchmark in one run, written to benchmarks/RESULTS.md. `python -m benchmarks.results [--quick]`."""
+"""Every benchmark in one run, written to benchmarks/RESULTS.md. `python -m benchmarks.results [--quick | --pages]`."""
 
 from __future__ import annotations
 
@@ -177,11 +177,23 @@ def _store_table(figures: Mapping[str, store.Figures]) -> str:
     return markdown_table(["way", "rows/s", "store / this"], rows)
 
 
+def with_pages(text: str, folder: Path = KEPT) -> str:
+    """RESULTS.md with the pages that are kept now instead of those it has; what was measured by itself stays."""
+    ends = [place for title in CHAPTERS.values() if (place := text.find(f"\n\n## {title}\n")) >= 0]
+    return "\n\n".join([text[: min(ends, default=len(text))].rstrip(), *chapters(folder)]) + "\n"
+
+
 def main() -> None:
     """Measure everything and write RESULTS.md."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.results", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer repeats, for a first look")
-    quick = parser.parse_args().quick
+    parser.add_argument("--pages", action="store_true", help="measure nothing; take in the pages of results/ anew")
+    options = parser.parse_args()
+    quick = options.quick
+    if options.pages:
+        write_durably(RESULTS, with_pages(RESULTS.read_text(encoding="utf-8")).encode())
+        print(f"pages taken into {RESULTS}")
+        return
     circumstances = Circumstances.here(f"python -m benchmarks.results{' --quick' if quick else ''}")
     measured = measure(QUICK if quick else FULL)
     write_durably(RESULTS, render(measured, circumstances).encode())

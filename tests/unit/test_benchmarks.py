@@ -144,6 +144,19 @@ def make_measured(tmp_path: Path) -> results.Measured:
     return results.Measured(steps, stored, run)
 
 
+def test_the_shipped_pages_are_those_that_are_kept() -> None:
+    text = results.RESULTS.read_text()
+    assert "## Sleep on ranks\n" in text and results.with_pages(text) == text
+
+
+def test_pages_follow_what_was_measured(tmp_path: Path) -> None:
+    (tmp_path / "gate.md").write_text("new page\n")
+    old = "# Benchmarks\n\nfigures\n\n## Memory probes\n\nold page\n"
+    assert results.with_pages(old, tmp_path) == (
+        "# Benchmarks\n\nfigures\n\n## The gate against planted candidates\n\nnew page\n"
+    )
+
+
 def test_results_hold_every_figure_and_what_they_depend_on(tmp_path: Path) -> None:
     made_with = {"python": "3.11", "torch": "2"}
     about = results.Circumstances("python -m x", "2026-01-02 03:04 UTC", MACHINE, 0.25, made_with)
