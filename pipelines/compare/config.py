@@ -79,6 +79,8 @@ class Night:
     """Weight of the awake model's distribution on recent experience."""
     anchor: float = 0.0
     """Weight of the distribution, on old experience, of the model that the last source left behind."""
+    lwf: float = 0.0
+    """Weight of that model's distribution on new text that is handed over, times the share of sequences not held."""
     scarce: bool = True
     """Let the anchor pull only as far as the store forgets: its weights times the share of sequences not held."""
     merge: float = 0.35
@@ -115,7 +117,7 @@ class Night:
         at_least("rounds", self.rounds, 1)
         at_least("deep_every", self.deep_every, 0)
         at_least("deep_passes", self.deep_passes, 0)
-        shares = ("recent", "bank", "deep_recent", "teacher", "anchor", "merge", "scarce_recent", "dream")
+        shares = ("recent", "bank", "deep_recent", "teacher", "anchor", "merge", "scarce_recent", "dream", "lwf")
         for key in (*shares, "on_policy", "floor", "night_floor", "balance"):
             share(key, getattr(self, key))
         at_least("slots", self.slots, 0)

@@ -15,6 +15,8 @@ from typing import Any, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from nl_model.distillation import forward_kl
+from nl_model.losses import token_nll
 from pipelines.compare.circadian import CircadianTrainer, Gradients
 from pipelines.compare.config import Night
 from pipelines.compare.material import Segment
@@ -64,15 +66,14 @@ class HandoverTrainer(CircadianTrainer):
         tokens_BS = torch.from_numpy(segment.tokens_NS[first:last]).to(self.device)
         taken, pending = self._taken(rows), self._set_gradients_aside()
         self.model.requires_grad_(True)
-        taken_BT = self.model.nll(tokens_BS[:taken])
-        taken_BT.sum().backward()
+        taken_BT = self._learn(tokens_BS[:taken])
         handed = Handed(self._set_gradients_aside(), taken, day)
         _give_back(pending)
-        nll_BT = torch.cat([taken_BT.detach(), self._write_awake(tokens_BS[taken:], rows)])
+        nll_BT = torch.cat([taken_BT, self._write_awake(tokens_BS[taken:], rows)])
         self.trace.holds(self.memory.bytes + rows * T + self.held_out)
         awake = (meter.forward * taken + self.wake_flops * (rows - taken)) * T
         self._saw(nll_BT, segment.bytes_N[first:last], awake)
-        backward, gate = (meter.full - meter.forward) * taken * T, self._gate_flops * self.gated / day[1]
+        backward, gate = self._handed_flops * taken * T, self._gate_flops * self.gated / day[1]
         meter.spend("sleep", backward)
         self.trace.inline_flops += awake + (0.0 if self.night.late else backward)
         self.credit -= backward + gate  # the gate looks once, after the last batch
@@ -94,11 +95,31 @@ class HandoverTrainer(CircadianTrainer):
         """
         share = self.night.handover + (1.0 - self.night.handover) * self.asleep.scarcity
         self.due = min(self.due + share * rows, rows + 1.0)
-        price = ((1.0 + LEAST_REPLAY) * self.meter.full - self.meter.forward) * (self.width - 1)
+        price = (LEAST_REPLAY * self.meter.full + self._handed_flops) * (self.width - 1)
         credit = self.credit + (self.epochs * self.meter.full - self.wake_flops) * rows * (self.width - 1)
         taken = max(0, min(rows, int(self.due + 1e-9), int(credit // price)))
         self.due -= taken
         return taken
+
+    @property
+    def _handed_flops(self) -> float:
+        """What sleep spends on a token handed over: the way back, and the anchor's pass where that has a say."""
+        return float(self.meter.full - self.meter.forward * (not self._lwf))
+
+    @property
+    def _lwf(self) -> float:
+        return self.night.lwf * self.asleep.pull
+
+    def _learn(self, tokens_BS: Tensor) -> Tensor:
+        """Run what is handed over forwards and backwards, gradients being sums; its loss (B, T)."""
+        logits_BTV = self.model(tokens_BS[:, :-1])
+        nll_BT = loss_BT = token_nll(logits_BTV, tokens_BS[:, 1:])
+        if weight := self._lwf:
+            with torch.no_grad():
+                guide_BTV = self.asleep.anchor(tokens_BS[:, :-1])
+            loss_BT = (1.0 - weight) * nll_BT + weight * forward_kl(logits_BTV, guide_BTV)
+        loss_BT.sum().backward()
+        return nll_BT.detach()
 
     def _write_awake(self, rest_BS: Tensor, rows: int) -> Tensor:
         """Score what sleep does not take of a batch of `rows` and write the awake levels that are due; loss (B, T)."""

@@ -101,6 +101,33 @@ def test_more_is_handed_over_where_less_is_stored(material: Material, tmp_path: 
     assert whole._taken(4) == 1, "what would leave nothing for replay is not taken"
 
 
+def test_the_last_boundarys_model_has_a_say_in_new_text_where_the_past_is_not_held(
+    material: Material, tmp_path: Path
+) -> None:
+    changes = {"lwf": 0.5, "handover": 1.0, "wake": "none"}
+    whole, small = (trainer(material, tmp_path, capacity, **changes) for capacity in (float("inf"), 300.0))
+    assert whole._lwf == 0.0 and small._lwf == 0.5 * small.asleep.scarcity > 0.4
+    new_BS = torch.from_numpy(material.segments[0].tokens_NS[:2])
+    with torch.no_grad():
+        small.asleep.anchor.head.weight.mul_(2.0)
+        guide_BTV = small.asleep.anchor(new_BS[:, :-1]).softmax(-1)
+    nll_BT = small._learn(new_BS)
+    found = [p.grad.clone() for p in small.model.parameters() if p.grad is not None]
+    small.model.zero_grad(set_to_none=True)
+    truth_BTV = torch.nn.functional.one_hot(new_BS[:, 1:], guide_BTV.size(-1))
+    mixed_BTV = (1 - small._lwf) * truth_BTV + small._lwf * guide_BTV  # cross-entropy has the divergence's gradient
+    log_p_BTV = small.model(new_BS[:, :-1]).log_softmax(-1)
+    (-(mixed_BTV * log_p_BTV).sum()).backward()
+    torch.testing.assert_close(found, [p.grad for p in small.model.parameters() if p.grad is not None])
+    torch.testing.assert_close(nll_BT, -log_p_BTV.gather(-1, new_BS[:, 1:, None]).squeeze(-1).detach())
+    small.model.zero_grad(set_to_none=True)
+    before = small.meter.total
+    small._live(material.segments[0], 0, 2, (0, 2))
+    spent, meter, tokens = small.meter.total - before, small.meter, 2 * 32
+    replayed = (2 * meter.full * tokens - (meter.full + meter.forward) * tokens) // (32 * meter.full)
+    assert spent == (meter.forward + meter.full) * tokens + replayed * 32 * meter.full  # the anchor's pass included
+
+
 def test_a_store_without_room_for_a_sequence_is_refused(material: Material, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="a store of 80 bytes does not hold one sequence of 32 beside the present batch"
