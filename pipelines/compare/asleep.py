@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nl_model.distillation import forward_kl
 from nl_model.generate import Reader, SamplingConfig, sample
+from nl_model.losses import token_nll
 from nl_model.model import NestedLM
 from nl_model.optim.levelwise import build_optimizer
 from nl_model.slots import fold, remove_slots, slotted
@@ -51,7 +52,7 @@ class NightTrainer:
         self.optimizer_config = replace(cfg.sleep.optimizer, lr=lr)
         self.optimizer: Optional[torch.optim.Optimizer] = None
         self.random = np.random.default_rng([seed, 5])
-        self.dreams_due, self.rounds = 0.0, 0
+        self.dreams_due, self.again_due, self.rounds = 0.0, 0.0, 0
         self.floor = night.floor
         """Where the cosine of the present round ends, as a share of its peak."""
         receivers = [name for name, level in cfg.levels.items() if level.owner == "pool"] if night.slots else []
@@ -117,26 +118,53 @@ class NightTrainer:
         said = sum(due) * self.context  # one pass makes a dream and says what the anchor makes of it
         return float((lesson.trained + said) * self.full + (lesson.passed + said) * self.meter.forward)
 
-    def join(self, student: NestedLM, number: int, old: int, place: Tuple[int, int]) -> float:
+    @property
+    def joined_flops(self) -> float:
+        """FLOPs of a token in a step that `join` takes."""
+        return float(self.meter.full + self.meter.forward * bool(self.night.lwf * self.pull))
+
+    def held_loss(self, student: NestedLM, tokens_BS: Tensor) -> Tuple[Tensor, Tensor]:
+        """Loss of the text, and with what the anchor says of it as far as that has a say: nats (B, T) each."""
+        logits_BTV = student(tokens_BS[:, :-1])
+        nll_BT = token_nll(logits_BTV, tokens_BS[:, 1:])
+        weight = self.night.lwf * self.pull
+        if not weight:
+            return nll_BT, nll_BT
+        with torch.no_grad():
+            guide_BTV = self.anchor(tokens_BS[:, :-1])
+        return nll_BT, (1.0 - weight) * nll_BT + weight * forward_kl(logits_BTV, guide_BTV)
+
+    def join(self, student: NestedLM, new_BS: Tensor, old: int, place: Tuple[int, int]) -> float:
         """One step on gradients that are there already and on replayed sequences; returns the FLOPs of these.
 
         Args:
-            student: its gradients are sums over `number` tokens; they are used up.
-            old: replayed sequences.
+            student: its gradients are sums over the tokens of `new_BS`; they are used up.
+            old: replayed sequences, new ones that are read again included.
             place: (number of the step, steps) on the schedule of the step size.
         """
         trained = list(student.requires_grad_(True).parameters())
         if self.optimizer is None:
             self.optimizer = build_optimizer(trained, self.optimizer_config)
-        total = number + old * self.context
+        total = (len(new_BS) + old) * self.context
         for parameter in trained:
             if parameter.grad is not None:
                 parameter.grad /= total
         if old:
-            rows_BS = torch.from_numpy(self.memory.tokens_NS[self.memory.draw(old, self.night.balance)])
-            (student.nll(rows_BS.to(student.embedding.weight.device)).sum() / total).backward()
+            rows_BS = self._replayed(new_BS, old)
+            (self.held_loss(student, rows_BS)[1].sum() / total).backward()
         self._apply(trained, *place)
-        return float(old * self.context * self.full)
+        return float(old * self.context * self.joined_flops)
+
+    def _replayed(self, new_BS: Tensor, old: int) -> Tensor:
+        """So many stored sequences, or new ones once more."""
+        again = 0
+        if len(new_BS) and self.night.again:
+            self.again_due += old * self.night.again * self.pull
+            again = min(int(self.again_due), old)
+            self.again_due -= again
+        rows_BS = torch.from_numpy(self.memory.tokens_NS[self.memory.draw(old - again, self.night.balance)])
+        chosen = torch.arange(again, device=new_BS.device) % max(1, len(new_BS))
+        return torch.cat([rows_BS.to(new_BS.device), new_BS[chosen]])
 
     def _prepare(self, student: NestedLM, seed: int) -> List[nn.Parameter]:
         """What trains, with an optimizer over it. seed: of new slots."""

@@ -15,8 +15,6 @@ from typing import Any, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from nl_model.distillation import forward_kl
-from nl_model.losses import token_nll
 from pipelines.compare.circadian import CircadianTrainer, Gradients
 from pipelines.compare.config import Night
 from pipelines.compare.material import Segment
@@ -32,8 +30,8 @@ class Handed:
 
     gradients: Gradients
     """Sums over the sequences taken."""
-    taken: int
-    """How many these are."""
+    new_BS: Tensor
+    """These sequences."""
     day: Tuple[int, int]
     """(number of the batch in its segment, batches of the segment)."""
 
@@ -67,7 +65,7 @@ class HandoverTrainer(CircadianTrainer):
         taken, pending = self._taken(rows), self._set_gradients_aside()
         self.model.requires_grad_(True)
         taken_BT = self._learn(tokens_BS[:taken])
-        handed = Handed(self._set_gradients_aside(), taken, day)
+        handed = Handed(self._set_gradients_aside(), tokens_BS[:taken], day)
         _give_back(pending)
         nll_BT = torch.cat([taken_BT, self._write_awake(tokens_BS[taken:], rows)])
         self.trace.holds(self.memory.bytes + rows * T + self.held_out)
@@ -103,21 +101,12 @@ class HandoverTrainer(CircadianTrainer):
 
     @property
     def _handed_flops(self) -> float:
-        """What sleep spends on a token handed over: the way back, and the anchor's pass where that has a say."""
-        return float(self.meter.full - self.meter.forward * (not self._lwf))
-
-    @property
-    def _lwf(self) -> float:
-        return self.night.lwf * self.asleep.pull
+        """What sleep spends on a token handed over: a step's FLOPs but for the awake pass."""
+        return self.asleep.joined_flops - self.meter.forward
 
     def _learn(self, tokens_BS: Tensor) -> Tensor:
         """Run what is handed over forwards and backwards, gradients being sums; its loss (B, T)."""
-        logits_BTV = self.model(tokens_BS[:, :-1])
-        nll_BT = loss_BT = token_nll(logits_BTV, tokens_BS[:, 1:])
-        if weight := self._lwf:
-            with torch.no_grad():
-                guide_BTV = self.asleep.anchor(tokens_BS[:, :-1])
-            loss_BT = (1.0 - weight) * nll_BT + weight * forward_kl(logits_BTV, guide_BTV)
+        nll_BT, loss_BT = self.asleep.held_loss(self.model, tokens_BS)
         loss_BT.sum().backward()
         return nll_BT.detach()
 
@@ -137,13 +126,13 @@ class HandoverTrainer(CircadianTrainer):
         if self.handed is None:
             return
         handed, self.handed, T = self.handed, None, self.width - 1
-        old = max(0, int(self.credit // (self.meter.full * T))) if len(self.memory) else 0
-        if not handed.taken and not old:
+        old = max(0, int(self.credit // (self.asleep.joined_flops * T))) if len(self.memory) else 0
+        if not len(handed.new_BS) and not old:
             return
         self._begin_candidate()
         pending = self._set_gradients_aside()
         _give_back(handed.gradients)
-        spent = self.asleep.join(self.model, handed.taken * T, old, handed.day)
+        spent = self.asleep.join(self.model, handed.new_BS, old, handed.day)
         self.model.zero_grad(set_to_none=True)
         _give_back(pending)
         self.rounds += 1

@@ -106,7 +106,8 @@ def test_the_last_boundarys_model_has_a_say_in_new_text_where_the_past_is_not_he
 ) -> None:
     changes = {"lwf": 0.5, "handover": 1.0, "wake": "none"}
     whole, small = (trainer(material, tmp_path, capacity, **changes) for capacity in (float("inf"), 300.0))
-    assert whole._lwf == 0.0 and small._lwf == 0.5 * small.asleep.scarcity > 0.4
+    weight = 0.5 * small.asleep.scarcity
+    assert weight > 0.4 and whole.asleep.joined_flops == whole.meter.full
     new_BS = torch.from_numpy(material.segments[0].tokens_NS[:2])
     with torch.no_grad():
         small.asleep.anchor.head.weight.mul_(2.0)
@@ -115,7 +116,7 @@ def test_the_last_boundarys_model_has_a_say_in_new_text_where_the_past_is_not_he
     found = [p.grad.clone() for p in small.model.parameters() if p.grad is not None]
     small.model.zero_grad(set_to_none=True)
     truth_BTV = torch.nn.functional.one_hot(new_BS[:, 1:], guide_BTV.size(-1))
-    mixed_BTV = (1 - small._lwf) * truth_BTV + small._lwf * guide_BTV  # cross-entropy has the divergence's gradient
+    mixed_BTV = (1 - weight) * truth_BTV + weight * guide_BTV  # cross-entropy has the divergence's gradient
     log_p_BTV = small.model(new_BS[:, :-1]).log_softmax(-1)
     (-(mixed_BTV * log_p_BTV).sum()).backward()
     torch.testing.assert_close(found, [p.grad for p in small.model.parameters() if p.grad is not None])
@@ -124,8 +125,9 @@ def test_the_last_boundarys_model_has_a_say_in_new_text_where_the_past_is_not_he
     before = small.meter.total
     small._live(material.segments[0], 0, 2, (0, 2))
     spent, meter, tokens = small.meter.total - before, small.meter, 2 * 32
-    replayed = (2 * meter.full * tokens - (meter.full + meter.forward) * tokens) // (32 * meter.full)
-    assert spent == (meter.forward + meter.full) * tokens + replayed * 32 * meter.full  # the anchor's pass included
+    guided = meter.full + meter.forward  # the anchor's pass included
+    replayed = (2 * meter.full - guided) * tokens // (guided * 32)
+    assert replayed > 0 and spent == guided * (tokens + replayed * 32)
 
 
 def test_a_store_without_room_for_a_sequence_is_refused(material: Material, tmp_path: Path) -> None:
