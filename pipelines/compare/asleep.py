@@ -52,7 +52,7 @@ class NightTrainer:
         self.optimizer_config = replace(cfg.sleep.optimizer, lr=lr)
         self.optimizer: Optional[torch.optim.Optimizer] = None
         self.random = np.random.default_rng([seed, 5])
-        self.dreams_due, self.again_due, self.rounds = 0.0, 0.0, 0
+        self.dreams_due, self.replayed, self.rounds = 0.0, 0, 0
         self.floor = night.floor
         """Where the cosine of the present round ends, as a share of its peak."""
         receivers = [name for name, level in cfg.levels.items() if level.owner == "pool"] if night.slots else []
@@ -150,20 +150,21 @@ class NightTrainer:
             if parameter.grad is not None:
                 parameter.grad /= total
         if old:
-            rows_BS = self._replayed(new_BS, old)
+            rows_BS = self._replayed(new_BS, old, place)
             (self.held_loss(student, rows_BS)[1].sum() / total).backward()
         self._apply(trained, *place)
         return float(old * self.context * self.joined_flops)
 
-    def _replayed(self, new_BS: Tensor, old: int) -> Tensor:
-        """So many stored sequences, or new ones once more."""
-        again = 0
-        if len(new_BS) and self.night.again:
-            self.again_due += old * self.night.again * self.pull
-            again = min(int(self.again_due), old)
-            self.again_due -= again
-        rows_BS = torch.from_numpy(self.memory.tokens_NS[self.memory.draw(old - again, self.night.balance)])
-        chosen = torch.arange(again, device=new_BS.device) % max(1, len(new_BS))
+    def _replayed(self, new_BS: Tensor, number: int, place: Tuple[int, int]) -> Tensor:
+        """So many stored sequences; new ones once more where the stored ones have been replayed often enough."""
+        step, steps = place
+        if not step:
+            self.replayed = 0
+        allowed = int(self.night.repeats * len(self.memory) * (step + 1) / steps) - self.replayed
+        old = max(0, min(number, allowed)) if len(new_BS) else number
+        self.replayed += old
+        rows_BS = torch.from_numpy(self.memory.tokens_NS[self.memory.draw(old, self.night.balance)])
+        chosen = torch.arange(number - old, device=new_BS.device) % max(1, len(new_BS))
         return torch.cat([rows_BS.to(new_BS.device), new_BS[chosen]])
 
     def _prepare(self, student: NestedLM, seed: int) -> List[nn.Parameter]:

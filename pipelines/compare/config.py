@@ -82,8 +82,9 @@ class Night:
     lwf: float = 0.0
     """Weight of that model's distribution where sleep goes on from awake passes, times the share of sequences not held:
     on new text and on replayed text."""
-    again: float = 0.0
-    """Share of its replayed sequences that are new ones once more instead, times the same share."""
+    repeats: float = 10.0
+    """Times per source that sleep which goes on from awake passes replays a stored sequence, at most and on average;
+    new text is read once more instead."""
     scarce: bool = True
     """Let the anchor pull only as far as the store forgets: its weights times the share of sequences not held."""
     merge: float = 0.35
@@ -120,19 +121,9 @@ class Night:
         at_least("rounds", self.rounds, 1)
         at_least("deep_every", self.deep_every, 0)
         at_least("deep_passes", self.deep_passes, 0)
-        shares = (
-            "recent",
-            "bank",
-            "deep_recent",
-            "teacher",
-            "anchor",
-            "merge",
-            "scarce_recent",
-            "dream",
-            "lwf",
-            "again",
-        )
-        for key in (*shares, "on_policy", "floor", "night_floor", "balance", "lwf", "again"):
+        at_least("repeats", self.repeats, 0)
+        shares = ("recent", "bank", "deep_recent", "teacher", "anchor", "merge", "scarce_recent", "dream")
+        for key in (*shares, "on_policy", "floor", "night_floor", "balance", "lwf"):
             share(key, getattr(self, key))
         at_least("slots", self.slots, 0)
         share("recent_end", max(0.0, self.recent_end))
