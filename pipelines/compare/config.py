@@ -79,7 +79,7 @@ class Night:
     """Weight of the awake model's distribution on recent experience."""
     anchor: float = 0.0
     """Weight of the distribution, on old experience, of the model that the last source left behind."""
-    lwf: float = 0.0
+    lwf: float = 0.5
     """Weight of that model's distribution where sleep goes on from awake passes, times the share of sequences not held:
     on new text and on replayed text."""
     repeats: float = 10.0
@@ -87,7 +87,7 @@ class Night:
     new text is read once more instead."""
     scarce: bool = True
     """Let the anchor pull only as far as the store forgets: its weights times the share of sequences not held."""
-    merge: float = 0.35
+    merge: float = 0.0
     """Weight of that model's weights in what a source leaves behind, times the same share."""
     dream: float = 0.0
     """Share of replayed sequences that are dreamt instead, times the same share: continuations of stored text by the
@@ -194,7 +194,7 @@ REPLAY = Method(replay=0.5)
 CIRCADIAN = Method("circadian")
 
 
-OWN_PASSES = Night(handover=0.0, merge=0.45, bank=0.45, night_floor=0.05, fewest=False)
+OWN_PASSES = Night(handover=0.0, lwf=0.0, merge=0.45, bank=0.45, night_floor=0.05, fewest=False)
 NIGHTS = replace(CIRCADIAN, night=OWN_PASSES)
 """Sixteen nights per source that pass over the day's text themselves: what guides, slots and dreams are tried on."""
 
@@ -224,7 +224,9 @@ METHODS: Dict[str, Method] = {
     "circadian_no_wake": _night(wake="none"),
     "circadian_no_gate": _night(gate=False),
     "circadian_no_deep_sleep": _night(bank=0.0),
-    "circadian_no_merging": _night(merge=0.0),
+    "circadian_not_held": _night(lwf=0.0),
+    "circadian_merging": _night(lwf=0.0, merge=0.35),
+    "circadian_never_again": _night(repeats=1e6),
     "circadian_unbalanced": _night(balance=0.0),
     "circadian_repeats": _night(fewest=False),
     "circadian_cool_nights": _night(night_floor=0.05),

@@ -91,7 +91,7 @@ def test_awake_levels_learn_what_sleep_does_not_take_and_keep_their_periods(mate
 
 
 def test_more_is_handed_over_where_less_is_stored(material: Material, tmp_path: Path) -> None:
-    whole, small = (trainer(material, tmp_path, capacity, wake_batch=4) for capacity in (float("inf"), 300.0))
+    whole, small = (trainer(material, tmp_path, capacity, wake_batch=4, lwf=0.0) for capacity in (float("inf"), 300.0))
     assert 0.8 < small.asleep.scarcity < 1
     wanted = [20, int(20 + 20 * small.asleep.scarcity)]
     assert [sum(live._taken(4) for _ in range(10)) for live in (whole, small)] == wanted
@@ -128,6 +128,20 @@ def test_the_last_boundarys_model_has_a_say_in_new_text_where_the_past_is_not_he
     guided = meter.full + meter.forward  # the anchor's pass included
     replayed = (2 * meter.full - guided) * tokens // (guided * 32)
     assert replayed > 0 and spent == guided * (tokens + replayed * 32)
+
+
+def test_new_text_is_read_again_where_stored_text_has_been_replayed_often_enough(
+    material: Material, tmp_path: Path
+) -> None:
+    live, new_BS = trainer(material, tmp_path, repeats=0.5), torch.full((2, 33), 96)  # a byte of no source
+    rows = [live.asleep._replayed(new_BS, 3, (step, 8)) for step in range(8)]
+    again = [int((part == 96).all(1).sum()) for part in rows]
+    assert all(len(part) == 3 for part in rows)
+    assert sum(again) == 24 - len(live.memory) // 2 and max(again) < 3, "spread over the source"
+    assert len(live.memory) // 2 == live.asleep.replayed
+    live.asleep._replayed(new_BS, 3, (0, 8))
+    assert live.asleep.replayed <= 3, "counted anew for every source"
+    assert not (live.asleep._replayed(new_BS[:0], 9, (1, 8)) == 96).any(), "nothing is there to be read again"
 
 
 def test_a_store_without_room_for_a_sequence_is_refused(material: Material, tmp_path: Path) -> None:
