@@ -133,12 +133,12 @@ def test_the_last_boundarys_model_has_a_say_in_new_text_where_the_past_is_not_he
 def test_new_text_is_read_again_where_stored_text_has_been_replayed_often_enough(
     material: Material, tmp_path: Path
 ) -> None:
-    live, new_BS = trainer(material, tmp_path, repeats=0.5), torch.full((2, 33), 96)  # a byte of no source
+    live, new_BS = trainer(material, tmp_path, repeats=0.25), torch.full((2, 33), 96)  # a byte of no source
     rows = [live.asleep._replayed(new_BS, 3, (step, 8)) for step in range(8)]
     again = [int((part == 96).all(1).sum()) for part in rows]
     assert all(len(part) == 3 for part in rows)
-    assert sum(again) == 24 - len(live.memory) // 2 and max(again) < 3, "spread over the source"
-    assert len(live.memory) // 2 == live.asleep.replayed
+    assert sum(again) == 24 - len(live.memory) // 4 and max(again) < 3, "spread over the source"
+    assert len(live.memory) // 4 == live.asleep.replayed
     live.asleep._replayed(new_BS, 3, (0, 8))
     assert live.asleep.replayed <= 3, "counted anew for every source"
     assert not (live.asleep._replayed(new_BS[:0], 9, (1, 8)) == 96).any(), "nothing is there to be read again"
