@@ -26,7 +26,7 @@ from pipelines.report import Line, duration, headline, read_summary, source_line
 README = Path(__file__).resolve().parents[1] / "README.md"
 KEPT = Path(__file__).parent / "results" / "default-run.json"
 MODEL = KEPT.with_name("model.json")
-COMPARISONS = (KEPT.with_name("compare-s5.json"), KEPT.with_name("compare-s5-cap5.json"))
+COMPARISONS = tuple(KEPT.with_name(f"compare-s5{regime}.json") for regime in ("", "-cap5", "-cap1"))
 LEFT_OUT = ("stream_cursor", "quarantined")
 """Keys of summary.json that are long, or name files of the machine the run was made on."""
 PHASES = ("base", "stream", "control")
