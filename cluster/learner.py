@@ -180,7 +180,7 @@ class OnlineLearner:
 
     def _mark(self, cause: Cause) -> Mark:
         """What is written once stays: a round may read it by now, and an adoption since then rounds it otherwise."""
-        file = f"checkpoints/fast-{self.awake.tokens:015d}.safetensors"
+        file = f"checkpoints/fast-{self.awake.tokens:015d}-{self.awake.release}.safetensors"
         if not (self.run_dir / file).exists():
             save_tensors(self.run_dir / file, self.awake.unshifted(), {"tokens": self.awake.tokens})
         return Mark(self.awake.tokens, self.version, self.last_key, file, cause.to_json())

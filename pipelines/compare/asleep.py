@@ -30,6 +30,8 @@ from pipelines.student import Expansion, expand, student_step_flops
 DREAM_PROMPT = 16
 """Tokens of stored text that a dream begins with."""
 
+Gradients = List[Tuple[nn.Parameter, Optional[Tensor]]]
+"""Parameters with what was in their `.grad`."""
 Dream = Tuple[Tensor, Tensor]
 """Tokens (T,), and the anchor's logits (T, V) for what follows each of them."""
 
@@ -48,11 +50,16 @@ class NightTrainer:
     ) -> None:
         self.night, self.lr, self.seed = night, lr, seed
         self.memory, self.meter, self.anchor = memory, meter, anchor
+        self.anchored = True
+        """Whether the anchor has been trained on anything."""
         self.size, self.context = cfg.sleep.batch, cfg.model.context
         self.optimizer_config = replace(cfg.sleep.optimizer, lr=lr)
         self.optimizer: Optional[torch.optim.Optimizer] = None
         self.random = np.random.default_rng([seed, 5])
         self.dreams_due, self.replayed, self.rounds = 0.0, 0, 0
+        self.again: Gradients = []
+        """Sums over the tokens of new sequences that were read again after the last step."""
+        self.reread, self.turn = 0, 0
         self.floor = night.floor
         """Where the cosine of the present round ends, as a share of its peak."""
         receivers = [name for name, level in cfg.levels.items() if level.owner == "pool"] if night.slots else []
@@ -63,13 +70,13 @@ class NightTrainer:
 
     @property
     def scarcity(self) -> float:
-        """Share of all sequences seen that the memory does not hold."""
-        return 1.0 - len(self.memory) / max(1, self.memory.seen)
+        """Share of all sequences seen that the memory does not hold; 0 where none has been seen."""
+        return 1.0 - len(self.memory) / self.memory.seen if self.memory.seen else 0.0
 
     @property
     def pull(self) -> float:
-        """Factor of what the last boundary's model weighs."""
-        return self.scarcity if self.night.scarce else 1.0
+        """Factor of what the last boundary's model weighs; none before it has learned anything."""
+        return (self.scarcity if self.night.scarce else 1.0) * self.anchored
 
     def step_flops(self, recent: float) -> float:
         """FLOPs of one step with this share of recent experience, guides included: at most that where text is said."""
@@ -137,6 +144,9 @@ class NightTrainer:
     def join(self, student: NestedLM, new_BS: Tensor, old: int, place: Tuple[int, int]) -> float:
         """One step on gradients that are there already and on replayed sequences; returns the FLOPs of these.
 
+        Where stored text has been replayed often enough, the new text is read once more instead, with the weights after
+        the step; that gradient joins the next step.
+
         Args:
             student: its gradients are sums over the tokens of `new_BS`; they are used up.
             old: replayed sequences, new ones that are read again included.
@@ -145,27 +155,36 @@ class NightTrainer:
         trained = list(student.requires_grad_(True).parameters())
         if self.optimizer is None:
             self.optimizer = build_optimizer(trained, self.optimizer_config)
-        total = (len(new_BS) + old) * self.context
+        stored = self._replayable(old, place) if len(new_BS) else old
+        _add_gradients(self.again)
+        total = (len(new_BS) + stored + self.reread) * self.context
         for parameter in trained:
             if parameter.grad is not None:
                 parameter.grad /= total
-        if old:
-            rows_BS = self._replayed(new_BS, old, place)
+        if stored:
+            drawn = self.memory.tokens_NS[self.memory.draw(stored, self.night.balance)]
+            rows_BS = torch.from_numpy(drawn).to(new_BS.device)
             (self.held_loss(student, rows_BS)[1].sum() / total).backward()
         self._apply(trained, *place)
+        self.again, self.reread = [], old - stored
+        if self.reread:
+            chosen = (self.turn + torch.arange(self.reread, device=new_BS.device)) % len(new_BS)
+            self.turn += self.reread
+            self.held_loss(student, new_BS[chosen])[1].sum().backward()
+            self.again = [(parameter, parameter.grad) for parameter in trained]
+            student.zero_grad(set_to_none=True)
         return float(old * self.context * self.joined_flops)
 
-    def _replayed(self, new_BS: Tensor, number: int, place: Tuple[int, int]) -> Tensor:
-        """So many stored sequences; new ones once more where the stored ones have been replayed often enough."""
+    def _replayable(self, wanted: int, place: Tuple[int, int]) -> int:
+        """How many stored sequences are replayed: where the store forgets, each `Night.repeats` times at most."""
         step, steps = place
         if not step:
             self.replayed = 0
-        allowed = int(self.night.repeats * len(self.memory) * (step + 1) / steps) - self.replayed
-        old = max(0, min(number, allowed)) if len(new_BS) else number
-        self.replayed += old
-        rows_BS = torch.from_numpy(self.memory.tokens_NS[self.memory.draw(old, self.night.balance)])
-        chosen = torch.arange(number - old, device=new_BS.device) % max(1, len(new_BS))
-        return torch.cat([rows_BS.to(new_BS.device), new_BS[chosen]])
+        if self.scarcity:
+            limit = int(self.night.repeats * len(self.memory) * (step + 1) / steps)
+            wanted = max(0, min(wanted, limit - self.replayed))
+        self.replayed += wanted
+        return wanted
 
     def _prepare(self, student: NestedLM, seed: int) -> List[nn.Parameter]:
         """What trains, with an optimizer over it. seed: of new slots."""
@@ -231,6 +250,13 @@ def dream_loss(student: NestedLM, dreams: Sequence[Dream]) -> Tensor:
     """Divergence of the student from the anchor on what the anchor dreamt, mean nats per token."""
     tokens_BT, guide_BTV = (torch.stack(part) for part in zip(*dreams, strict=True))
     return forward_kl(student(tokens_BT), guide_BTV).mean()
+
+
+def _add_gradients(found: Gradients) -> None:
+    """Add gradients to those that are there."""
+    for parameter, gradient in found:
+        if gradient is not None:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
 def _passes_over(rows: int, random: np.random.Generator) -> Iterator[int]:

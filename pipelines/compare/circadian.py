@@ -7,7 +7,7 @@ same FLOPs. Shapes: B sequences, T predicted tokens, S = T + 1.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from nl_model.clock import LevelClock
 from nl_model.model import NestedLM
 from nl_model.online import OnlineLevels
-from pipelines.compare.asleep import NightTrainer
+from pipelines.compare.asleep import Gradients, NightTrainer
 from pipelines.compare.config import Night
 from pipelines.compare.material import Material, Segment
 from pipelines.compare.memory import Memory
@@ -39,10 +39,6 @@ MOST_SCARCE = 0.5
 soon known by heart, cost more than they bring (docs/LOG.md)."""
 RECENT_SHARE = 0.25
 """Share of a bounded memory that holds a day which is not slept on yet; one batch at least."""
-
-
-Gradients = List[Tuple[torch.nn.Parameter, Optional[Tensor]]]
-"""Parameters with what was in their `.grad`."""
 
 
 class CircadianTrainer:
@@ -83,6 +79,7 @@ class CircadianTrainer:
         self.memory = Memory(capacity - self.held_out, 0, seed, night.fewest)
         self.live, self.anchor = frozen_copy(self.model), frozen_copy(self.model)
         self.asleep = NightTrainer(cfg, night, lr, seed, self.memory, self.meter, self.anchor)
+        self.asleep.anchored = bool(len(material.base.tokens_NS))
         self.seen: List[str] = list(material.base_sources)
         self.anchor_row: Dict[str, Score] = {}
         self.position, self.credit, self.banked, self.rounds, self.rejected = 0, 0.0, 0.0, 0, 0
@@ -118,6 +115,7 @@ class CircadianTrainer:
                 first = days[-1][0] if self._recent_share() else 0
                 self._deep_sleep(segment.tokens_NS[first:])
             _copy_weights(self.model, self.anchor)
+            self.asleep.anchored = True
             self.trace.score(self.model, self.position)
         self.trace.notes.update(rounds=self.rounds, rejected=self.rejected)
         return self.trace

@@ -54,7 +54,7 @@ class Night:
     backwards and steps, with as many replayed sequences as there are FLOPs for; awake levels learn the others alone.
     The share rises to 1 with the share of the past that is not held. A source has as many nights as batches then.
     0: nights pass over the text again, as `rounds`, `recent`, `scarce_recent`, `recent_end`, `cycle` and `online` say,
-    which mean nothing else."""
+    which mean nothing else; `lwf` and `repeats` mean nothing then, and `late` cannot be."""
     late: bool = False
     """Take the sleeping step on a batch while the next one is read, whose pass does not know of it then. Else the next
     batch waits for it."""
@@ -83,8 +83,8 @@ class Night:
     """Weight of that model's distribution where sleep goes on from awake passes, times the share of sequences not held:
     on new text and on replayed text."""
     repeats: float = 10.0
-    """Times per source that sleep which goes on from awake passes replays a stored sequence, at most and on average;
-    new text is read once more instead."""
+    """Times per source that sleep which goes on from awake passes replays a stored sequence, at most and on average,
+    where the store forgets; new text is read once more instead."""
     scarce: bool = True
     """Let the anchor pull only as far as the store forgets: its weights times the share of sequences not held."""
     merge: float = 0.0
@@ -134,6 +134,8 @@ class Night:
                 f"handover={self.handover} leaves no pass of sleep's own over new text, which "
                 f"{', '.join(own) or 'wake=all'} needs; set handover=0"
             )
+        if self.late and not self.handover:
+            raise ValueError("late=true needs sleep that goes on from awake passes; set handover above 0")
         if self.on_policy and not (self.teacher or self.anchor):
             raise ValueError("on_policy needs a guide; give teacher or anchor a weight")
 
@@ -151,7 +153,7 @@ class Method:
     ewc: float = 0.0
     """Strength of the quadratic pull to the weights of earlier sources (online EWC)."""
     lwf: float = 0.0
-    """Weight of distillation from the model of the last boundary on new text."""
+    """Weight of distillation from the model of the last boundary, on everything that is trained on."""
     der: float = 0.0
     """Weight of distillation from stored log-probabilities on replayed text (DER++)."""
     der_top: int = 8

@@ -15,7 +15,8 @@ from typing import Any, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from pipelines.compare.circadian import CircadianTrainer, Gradients
+from pipelines.compare.asleep import Gradients
+from pipelines.compare.circadian import CircadianTrainer
 from pipelines.compare.config import Night
 from pipelines.compare.material import Segment
 from pipelines.config import Config
@@ -53,7 +54,8 @@ class HandoverTrainer(CircadianTrainer):
     def _recent_share(self) -> float:
         if self.memory.capacity == float("inf"):
             return 0.0
-        return min(1.0, self.cfg.wake.batch * (self.width - 1) / self.memory.capacity)
+        batches = 2 if self.night.late else 1  # the one before it waits for its step
+        return min(1.0, batches * self.cfg.wake.batch * (self.width - 1) / self.memory.capacity)
 
     def _days(self, rows: int) -> List[Tuple[int, int]]:
         return [(first, min(rows, first + self.cfg.wake.batch)) for first in range(0, rows, self.cfg.wake.batch)]
@@ -68,7 +70,8 @@ class HandoverTrainer(CircadianTrainer):
         handed = Handed(self._set_gradients_aside(), tokens_BS[:taken], day)
         _give_back(pending)
         nll_BT = torch.cat([taken_BT, self._write_awake(tokens_BS[taken:], rows)])
-        self.trace.holds(self.memory.bytes + rows * T + self.held_out)
+        waiting = len(self.handed.new_BS) if self.handed else 0
+        self.trace.holds(self.memory.bytes + (rows + waiting) * T + self.held_out)
         awake = (meter.forward * taken + self.wake_flops * (rows - taken)) * T
         self._saw(nll_BT, segment.bytes_N[first:last], awake)
         backward, gate = self._handed_flops * taken * T, self._gate_flops * self.gated / day[1]
@@ -93,7 +96,7 @@ class HandoverTrainer(CircadianTrainer):
         """
         share = self.night.handover + (1.0 - self.night.handover) * self.asleep.scarcity
         self.due = min(self.due + share * rows, rows + 1.0)
-        price = (LEAST_REPLAY * self.meter.full + self._handed_flops) * (self.width - 1)
+        price = (LEAST_REPLAY * self.asleep.joined_flops + self._handed_flops) * (self.width - 1)
         credit = self.credit + (self.epochs * self.meter.full - self.wake_flops) * rows * (self.width - 1)
         taken = max(0, min(rows, int(self.due + 1e-9), int(credit // price)))
         self.due -= taken

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any, Dict, List, Mapping, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, Tuple
 
 import numpy as np
 
@@ -57,15 +57,21 @@ def _regime(options: Options, results: Results, regime: str) -> Dict[str, Any]:
         ]
         for name, ts in trials.items()
     }
-    if OURS in trials:
-        found["against"] = {
-            key: {name: paired(values[OURS], values[name]) for name in values if name not in (OURS, *_apart(key))}
-            for key in SCORES
-            if OURS in (values := columns(trials, key))
-        }
+    measure = _measure(options.methods)
+    found["against"] = {
+        key: {name: paired(values[measure], values[name]) for name in values if name not in (measure, *_apart(key))}
+        for key in SCORES
+        if measure in (values := columns(trials, key))
+    }
     if {"naive", "joint"} <= set(final):
         found["gap_closed"] = {name: gap_closed(v, final["naive"], final["joint"]) for name, v in final.items()}
     return found
+
+
+def _measure(methods: Iterable[str]) -> str:
+    """The method whose lead over the others is shown: Circadian, or the first one where it is not among them."""
+    methods = list(methods)
+    return OURS if OURS in methods else methods[0]
 
 
 def _apart(key: str) -> Tuple[str, ...]:
@@ -120,11 +126,12 @@ def heading(name: str) -> str:
 
 
 def _table(found: Mapping[str, Any]) -> List[str]:
+    measure = _measure(found["mean_final_bpb"])
     head = [
         "method",
         "final mean",
         "95 %",
-        "lead of circadian (95 %)",
+        f"lead of {measure} (95 %)",
         "learning",
         "forgetting",
         "online",
@@ -138,7 +145,7 @@ def _table(found: Mapping[str, Any]) -> List[str]:
         lead = found.get("against", {}).get("mean_final_bpb", {}).get(name)
         online = found["online_bpb"].get(name)
         cells = [
-            f"**{name}**" if name == OURS else name,
+            f"**{name}**" if name == measure else name,
             f"{found['mean_final_bpb'][name]:.3f}",
             f"{low:.3f} .. {high:.3f}",
             f"{-lead['mean']:+.3f} ({-lead['high']:+.3f} .. {-lead['low']:+.3f})" if lead else "",

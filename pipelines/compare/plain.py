@@ -89,7 +89,8 @@ class PlainTrainer:
         self.memory = Memory(capacity, TOP_BYTES * self.top, seed)
         self.elastic = ElasticWeights(self.model, method.ewc) if method.ewc else None
         self.average = AverageWeights(self.model, method.ema) if method.ema else None
-        self.teacher = frozen_copy(self.model) if method.lwf else None
+        learned = bool(len(material.base.tokens_NS))
+        self.teacher = frozen_copy(self.model) if method.lwf and learned else None
         self.boundary = frozen_copy(self.model) if method.merge else None
         self.outer = [p.detach().clone() for p in self.model.parameters()] if method.reptile else []
         self.steps_done, self.credit, self.position = 0, 0.0, 0
@@ -113,7 +114,7 @@ class PlainTrainer:
             shapes = [a.inner.weight.shape for a in self.adapters]
             full -= sum(2 * out * size for out, size in shapes) + 2 * self.model.head.weight.numel()
             full += sum(6 * method.lora * (out + size) for out, size in shapes)
-        full += meter.forward if method.lwf else 0.0
+        full += meter.forward if self.teacher is not None else 0.0
         return tokens * full
 
     def run(self) -> Trace:
@@ -202,18 +203,16 @@ class PlainTrainer:
 
     def _loss(self, batch: Batch, nll_BT: Tensor, logits_BTV: Tensor) -> Tensor:
         method, total_BT = self.method, nll_BT
-        if self.teacher is not None and batch.new:
+        if self.teacher is not None:
             with torch.no_grad():
-                guide = self.teacher(batch.tokens_BS[: batch.new, :-1])
-            pull = forward_kl(logits_BTV[: batch.new], guide)
-            mixed = (1 - method.lwf) * nll_BT[: batch.new] + method.lwf * pull
-            total_BT = torch.cat([mixed, nll_BT[batch.new :]])
+                guide_BTV = self.teacher(batch.tokens_BS[:, :-1])
+            total_BT = (1 - method.lwf) * nll_BT + method.lwf * forward_kl(logits_BTV, guide_BTV)
         if method.der and len(batch.old) and self.memory.ids_NTK is not None and self.memory.logs_NTK is not None:
             ids = torch.from_numpy(self.memory.ids_NTK[batch.old]).to(self.device)
             logs = torch.from_numpy(self.memory.logs_NTK[batch.old]).to(self.device)
             pull = top_divergence(logits_BTV[batch.new :], ids, logs)
-            mixed = (1 - method.der) * nll_BT[batch.new :] + method.der * pull
-            total_BT = torch.cat([nll_BT[: batch.new], mixed])
+            mixed = (1 - method.der) * total_BT[batch.new :] + method.der * pull
+            total_BT = torch.cat([total_BT[: batch.new], mixed])
         loss = total_BT.mean()
         return loss + self.elastic.penalty() if self.elastic is not None else loss
 
@@ -315,7 +314,7 @@ class PlainTrainer:
                 for old, parameter in zip(self.boundary.parameters(), self.model.parameters(), strict=True):
                     parameter.lerp_(old, method.merge)
             self.boundary = frozen_copy(self.model)
-        if self.teacher is not None:
+        if self.method.lwf:
             self.teacher = frozen_copy(self.model)
         scored = self.average.average if self.average is not None else self.model
         self.trace.score(scored, self.position)  # type: ignore[arg-type]

@@ -30,7 +30,7 @@ from pipelines.config import Config
 from pipelines.load_config import config_hash
 from pipelines.sleep import learning_rate
 
-RULES = {"plain": 2, "joint": 1, "circadian": 4}
+RULES = {"plain": 3, "joint": 1, "circadian": 5}
 """By family; raised whenever trials of the same settings come out differently than before. Older ones are not read."""
 WAIT = 2.0
 """Seconds between two looks at what another process is doing."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, List
 
 import numpy as np
 import pytest
@@ -130,18 +130,68 @@ def test_the_last_boundarys_model_has_a_say_in_new_text_where_the_past_is_not_he
     assert replayed > 0 and spent == guided * (tokens + replayed * 32)
 
 
+def test_stored_text_is_replayed_so_often_at_most_where_the_past_is_not_held(
+    material: Material, tmp_path: Path
+) -> None:
+    small, whole = (trainer(material, tmp_path, capacity, repeats=2.5) for capacity in (300.0, float("inf")))
+    held = len(small.memory)
+    found = [small.asleep._replayable(8, (step, 8)) for step in range(8)]
+    assert sum(found) == int(2.5 * held) == small.asleep.replayed and max(found) <= 4, "spread over the source"
+    assert small.asleep._replayable(2, (0, 8)) == 2 == small.asleep.replayed, "counted anew for every source"
+    assert all(whole.asleep._replayable(9, (step, 8)) == 9 for step in range(8)), "all is held: no bound"
+
+
 def test_new_text_is_read_again_where_stored_text_has_been_replayed_often_enough(
     material: Material, tmp_path: Path
 ) -> None:
-    live, new_BS = trainer(material, tmp_path, repeats=0.25), torch.full((2, 33), 96)  # a byte of no source
-    rows = [live.asleep._replayed(new_BS, 3, (step, 8)) for step in range(8)]
-    again = [int((part == 96).all(1).sum()) for part in rows]
-    assert all(len(part) == 3 for part in rows)
-    assert sum(again) == 24 - len(live.memory) // 4 and max(again) < 3, "spread over the source"
-    assert len(live.memory) // 4 == live.asleep.replayed
-    live.asleep._replayed(new_BS, 3, (0, 8))
-    assert live.asleep.replayed <= 3, "counted anew for every source"
-    assert not (live.asleep._replayed(new_BS[:0], 9, (1, 8)) == 96).any(), "nothing is there to be read again"
+    """Again is after the step, which the text is read otherwise after; its gradient joins the next step."""
+    live = trainer(material, tmp_path, 300.0, repeats=0.0, lwf=0.0, handover=1.0, wake="none")
+    rows_BS, T = torch.from_numpy(material.segments[0].tokens_NS[:4]), live.cfg.model.context
+    asleep, model = live.asleep, live.model
+    live._learn(rows_BS[:2])
+    assert asleep.join(model, rows_BS[:2], 3, (0, 8)) == 3 * T * live.meter.full
+    assert asleep.reread == 3 and all(p.grad is None for p in model.parameters())
+    after = [p.detach().clone() for p in model.parameters()]
+    model.nll(rows_BS[[0, 1, 0]]).sum().backward()
+    for (_, again), parameter in zip(asleep.again, model.parameters(), strict=True):
+        torch.testing.assert_close(again, parameter.grad)
+    model.zero_grad(set_to_none=True)
+    model.nll(rows_BS[[0, 1, 0, 2, 3]]).mean().backward()  # what the next step is taken on
+    wanted = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad(set_to_none=True)
+    seen: List[torch.Tensor] = []
+    take = asleep._apply
+
+    def look(trained: List[torch.nn.Parameter], step: int, steps: int) -> None:
+        seen.extend(p.grad.clone() for p in trained if p.grad is not None)
+        take(trained, step, steps)
+
+    asleep._apply = look  # type: ignore[method-assign]
+    live._learn(rows_BS[2:])
+    asleep.join(model, rows_BS[2:], 1, (1, 8))
+    torch.testing.assert_close(seen, wanted)
+    assert not all(map(torch.equal, after, model.parameters()))
+    assert asleep.reread == 1
+    model.nll(rows_BS[3:]).sum().backward()  # the third was read first, so it is the fourth's turn
+    for (_, again), parameter in zip(asleep.again, model.parameters(), strict=True):
+        torch.testing.assert_close(again, parameter.grad)
+    model.zero_grad(set_to_none=True)
+    assert asleep.join(model, rows_BS[:0], 2, (2, 8)) == 2 * T * live.meter.full
+    assert asleep.reread == 0, "nothing is there to be read again"
+
+
+def test_without_a_base_nothing_is_held_to_weights_that_have_learned_nothing(cfg: Config, tmp_path: Path) -> None:
+    material = load_material(cfg, "A", scratch=True)
+    weights = Workshop(tmp_path, cfg).base(material, 0, scratch=True)
+    live = HandoverTrainer(material, Night(gate=False), 2e-3, 2.0, 300.0, 0, weights, torch.device("cpu"))
+    whole = HandoverTrainer(material, Night(gate=False), 2e-3, 2.0, float("inf"), 0, weights, torch.device("cpu"))
+    assert whole.asleep.scarcity == 0.0, "nothing was seen, so nothing is lost"
+    pulls: List[float] = []
+    step = live._live
+    live._live = lambda *args: (pulls.append(live.asleep.pull), step(*args))[1]  # type: ignore[method-assign]
+    live.run()
+    first = -(-len(material.segments[0].tokens_NS) // live.cfg.wake.batch)
+    assert max(pulls[:first]) == 0.0 and min(pulls[first:]) > 0.5
 
 
 def test_a_store_without_room_for_a_sequence_is_refused(material: Material, tmp_path: Path) -> None:
