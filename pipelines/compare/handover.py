@@ -22,7 +22,7 @@ from pipelines.compare.material import Segment
 from pipelines.config import Config
 
 LEAST_REPLAY = 0.5
-"""Replayed sequences that every new one which sleep takes must leave FLOPs for, at least."""
+"""FLOPs that every new sequence which sleep takes must leave for replay, at least, in those of training on it."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class HandoverTrainer(CircadianTrainer):
         """
         share = self.night.handover + (1.0 - self.night.handover) * self.asleep.scarcity
         self.due = min(self.due + share * rows, rows + 1.0)
-        price = (LEAST_REPLAY * self.asleep.joined_flops + self._handed_flops) * (self.width - 1)
+        price = (LEAST_REPLAY * self.meter.full + self._handed_flops) * (self.width - 1)
         credit = self.credit + (self.epochs * self.meter.full - self.wake_flops) * rows * (self.width - 1)
         taken = max(0, min(rows, int(self.due + 1e-9), int(credit // price)))
         self.due -= taken
