@@ -77,6 +77,19 @@ def test_the_learner_need_not_wait_for_the_step_on_its_batch(material: Material,
     assert live.trace.inline_flops == live.trace.learner_flops < live.meter.total
 
 
+def test_text_that_waits_for_its_step_counts_as_stored(material: Material, tmp_path: Path) -> None:
+    live = trainer(material, tmp_path, 1000.0, late=True)
+    assert live._recent_share() == 2 * live.cfg.wake.batch * 32 / 1000.0
+    held, size, segment = [], live.cfg.wake.batch, material.segments[0]
+    for day in range(3):
+        waiting = len(live.handed.new_BS) if live.handed else 0
+        live._live(segment, day * size, (day + 1) * size, (day, 99))
+        held.append(live.memory.bytes + (size + waiting) * 32)
+    assert held[1] > held[0] and live.trace.stored_bytes == max(held)
+    with pytest.raises(ValueError, match="late=true needs sleep that goes on from awake passes"):
+        Night(late=True, handover=0.0)
+
+
 def test_awake_levels_learn_what_sleep_does_not_take_and_keep_their_periods(material: Material, tmp_path: Path) -> None:
     live, twin = (trainer(material, tmp_path, wake_batch=4) for _ in range(2))
     live._live(material.segments[0], 0, 4, (0, 8))
