@@ -26,6 +26,8 @@ CHAPTERS = {
     "compare-s5-cap1": "With a store of fifteen sequences",
     "compare-tshift": "The same on a soft shift",
     "compare-s5-parts": "What each part of Circadian is worth",
+    "compare-s5-smallparts": "What they are worth with a small store",
+    "compare-s5-small": "More opponents with small stores, one seed",
     "compare-s5-parts8": "What guides, dreams and slots are worth to nights with passes of their own, steps of eight",
     "transfer": "What a night moves into the slow levels",
     "cycles": "Cycle after cycle",
