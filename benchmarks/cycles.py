@@ -17,7 +17,7 @@ import json
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -27,9 +27,10 @@ from benchmarks.results import keep_page
 from benchmarks.tables import Machine, markdown_table
 from nl_model.weights import write_durably
 from pipelines.checks import at_least
-from pipelines.compare.config import CIRCADIAN
+from pipelines.compare.config import Night
 from pipelines.compare.handover import HandoverTrainer
 from pipelines.compare.material import Material, Segment, load_material, stream_of_folder
+from pipelines.compare.names import head_of, lr_of, method_of
 from pipelines.compare.statistics import slope
 from pipelines.compare.trace import Trace
 from pipelines.compare.trial import Workshop
@@ -128,18 +129,35 @@ def read(rows: Sequence[Row], material: Material) -> Tuple[Dict[str, List[float]
     return forgotten, [max(values) for values in known[1:]], base
 
 
-def live(material: Material, shop: Workshop, order: str, seed: int, cycles: int, lr: float) -> Life:
+def night_of(name: str) -> Night:
+    """Circadian's settings with the changes that the name makes.
+
+    Raises:
+        ValueError: it is no `circadian`, sets a step size, or leaves no sleep that goes on from awake passes.
+    """
+    if head_of(name) != "circadian" or lr_of(name) is not None:
+        raise ValueError(f"--method {name!r} must be circadian[:SETTING=VALUE...]; give step sizes with --lr")
+    night = method_of(name).night
+    if not night.handover:
+        raise ValueError(f"--method {name!r} leaves nothing handed over; set handover above 0")
+    return night
+
+
+def live(
+    material: Material, shop: Workshop, order: str, seed: int, cycles: int, lr: float, night: Optional[Night] = None
+) -> Life:
     """One run through the stream. cycles: stretches, each with its deep sleep; 0: as a trial, looked at every night."""
+    night = night or Night()
     torch.manual_seed(seed)
     weights = shop.base(material, seed, scratch=False)
     shared = (lr, EPOCHS, float("inf"), seed, weights, shop.device)
     if cycles:
-        often = replace(CIRCADIAN.night, deep_every=1)
+        often = replace(night, deep_every=1)
         trainer = HandoverTrainer(in_cycles(material, cycles), often, *shared)
         rows = trainer.run().rows
         every = rows
     else:
-        trainer = Nightly(material, CIRCADIAN.night, *shared)
+        trainer = Nightly(material, night, *shared)
         last = trainer.run().rows[-1]
         rows, every = trainer.nights, [*trainer.nights, last]
     forgotten, worst, base = read(rows, material)
@@ -230,10 +248,12 @@ def main() -> None:
     kind.add_argument("--cycles", type=int, default=CYCLES, help="stretches of the stream, each with its deep sleep")
     kind.add_argument("--nights", action="store_true", help="look at warm nights instead, as in a trial")
     parser.add_argument("--lr", type=float, default=LR, help="peak step size asleep")
+    parser.add_argument("--method", default="circadian", help="circadian, or with settings as circadian:merge=0.2")
     parser.add_argument("--work", type=Path, help="folder that keeps bases between runs")
     parser.add_argument("--json", type=Path, help="also write {summary, lives} to this file")
     args = parser.parse_args()
     at_least("--lr", args.lr, 1e-9)
+    night = night_of(args.method)
     cycles, what = (0, "night") if args.nights else (args.cycles, "cycle")
     at_least("--cycles", args.cycles, LEAST_CYCLES)
     overrides = [*stream_of_folder([f"stream.path={args.data}"]), f"stream.sources=[{args.stream}]"]
@@ -245,7 +265,7 @@ def main() -> None:
             material = load_material(cfg, order)
             in_cycles(material, max(1, cycles))  # a clear error before a base is pretrained
             for seed in range(args.seeds):
-                lives.append(live(material, shop, order, seed, cycles, args.lr))
+                lives.append(live(material, shop, order, seed, cycles, args.lr, night))
                 print(f"order {order}, seed {seed}: {' '.join(f'{x:+.2f}' for x in lives[-1].worst)}", flush=True)
     found = summary(lives, GateConfig().max_forgetting)
     page = render(lives, found, material, what, args.lr)
@@ -255,7 +275,7 @@ def main() -> None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         write_durably(args.json, (json.dumps(payload, indent=1) + "\n").encode())
         command = f"python -m benchmarks.cycles --data DIR --stream {args.stream} --base {args.base}"
-        mode = "--nights" if args.nights else f"--cycles {args.cycles}"
+        mode = ("--nights" if args.nights else f"--cycles {args.cycles}") + f" --method {args.method}"
         keep_page(
             args.json, " ".join([command, mode, f"--lr {args.lr:g}", f"--seeds {args.seeds}", *args.overrides]), page
         )

@@ -72,6 +72,15 @@ def test_cycles_fit_the_base_alone(
     assert f" {' '.join(mode)} " in (tmp_path / "found.md").read_text(), "the page says which"
 
 
+def test_cycles_take_settings_of_circadian() -> None:
+    assert cycles.night_of("circadian:merge=0.2:scarce=false") == cycles.Night(merge=0.2, scarce=False)
+    for name in ("naive", "circadian:lr=1e-3", "circadian_nights"):
+        with pytest.raises(ValueError, match=r"--method .* must be circadian"):
+            cycles.night_of(name)
+    with pytest.raises(ValueError, match=r"leaves nothing handed over; set handover above 0"):
+        cycles.night_of("circadian:handover=0")
+
+
 def test_cycles_cut_the_stream_and_nothing_else(folder: Path) -> None:
     stream = [*stream_of_folder([f"stream.path={folder}"]), "stream.sources=[beta,gamma]", "base.sources=[alpha]"]
     material = load_material(load_config("default", [*stream, *SMALL], "micro"), "A")
