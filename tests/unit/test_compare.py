@@ -13,7 +13,6 @@ import torch
 from typer.testing import CliRunner
 
 from cluster.cli import app
-from nl_model.losses import token_nll
 from pipelines.compare.asleep import dream_loss
 from pipelines.compare.circadian import CircadianTrainer
 from pipelines.compare.config import METHODS, REGIMES, Method, Night
@@ -330,36 +329,6 @@ def test_every_dream_that_is_made_is_paid_for(cfg: Config, material: Material, t
     assert sum(made) == int(8 * 2 * 0.5 * live.asleep.scarcity) > 0
     assert spent == tokens * meter.full + sum(made) * 32 * meter.forward
     assert spent <= 8 * live.asleep.step_flops(0.5) * 1.001
-
-
-def test_lwf_beside_replay_guides_all_of_the_batch_that_it_pays_for(
-    cfg: Config, material: Material, tmp_path: Path
-) -> None:
-    weights = Workshop(tmp_path, cfg).base(material, 0, scratch=False)
-    method = Method(replay=0.5, lwf=0.25)
-    plain = PlainTrainer(material, method, 2e-3, 2.0, float("inf"), 0, weights, torch.device("cpu"))
-    plain.memory.add(material.base.tokens_NS, material.base.sources_N)
-    assert plain.teacher is not None
-    with torch.no_grad():
-        plain.teacher.head.weight.mul_(2.0)
-    batch = plain._batch(material.segments[0], [0, 1])
-    assert len(batch.old) == 2 == batch.new
-    logits_BTV = plain.model(batch.tokens_BS[:, :-1])
-    nll_BT = token_nll(logits_BTV, batch.tokens_BS[:, 1:])
-    log_p_BTV, guide_BTV = logits_BTV.log_softmax(-1), plain.teacher(batch.tokens_BS[:, :-1]).log_softmax(-1)
-    pull_BT = (guide_BTV.exp() * (guide_BTV - log_p_BTV)).sum(-1)
-    found = plain._loss(batch, nll_BT, logits_BTV)
-    torch.testing.assert_close(found, (0.75 * nll_BT + 0.25 * pull_BT).mean())
-    assert plain.step_flops == 4 * 32 * (plain.meter.full + plain.meter.forward)
-
-
-def test_lwf_has_no_guide_before_anything_was_learned(cfg: Config, tmp_path: Path) -> None:
-    material = load_material(cfg, "A", scratch=True)
-    weights = Workshop(tmp_path, cfg).base(material, 0, scratch=True)
-    plain = PlainTrainer(material, Method(lwf=0.5), 2e-3, 2.0, float("inf"), 0, weights, torch.device("cpu"))
-    assert plain.teacher is None and plain.step_flops == 4 * 32 * plain.meter.full
-    plain.run()
-    assert plain.teacher is not None and plain.meter.total <= 2 * plain.meter.full * material.stream_tokens
 
 
 def test_new_text_joins_what_is_replayed_as_often_as_asked(cfg: Config, material: Material, tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Sleep that goes on from the awake pass: its step is a plain step, and nothing is trained on twice or not paid for."""
+"""Sleep that goes on from the awake pass: its step is a plain step, and nothing is trained on twice or not paid for.
+
+And the same guide in plain training (LwF).
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.compare.config import Night
+from nl_model.losses import token_nll
+from pipelines.compare.config import Method, Night
 from pipelines.compare.handover import HandoverTrainer
 from pipelines.compare.material import Material, load_material, stream_of_folder
+from pipelines.compare.plain import PlainTrainer
 from pipelines.compare.trial import Workshop
 from pipelines.config import Config
 from pipelines.load_config import load_config
@@ -238,3 +243,33 @@ def test_only_what_has_cooled_down_is_turned_down(material: Material, tmp_path: 
     live.asleep.floor = live.night.floor
     live._judge(live.model)
     assert live.rejected == 1 and not live.unjudged and all(map(torch.equal, good, live.model.parameters()))
+
+
+def test_lwf_beside_replay_guides_all_of_the_batch_that_it_pays_for(
+    cfg: Config, material: Material, tmp_path: Path
+) -> None:
+    weights = Workshop(tmp_path, cfg).base(material, 0, scratch=False)
+    method = Method(replay=0.5, lwf=0.25)
+    plain = PlainTrainer(material, method, 2e-3, 2.0, float("inf"), 0, weights, torch.device("cpu"))
+    plain.memory.add(material.base.tokens_NS, material.base.sources_N)
+    assert plain.teacher is not None
+    with torch.no_grad():
+        plain.teacher.head.weight.mul_(2.0)
+    batch = plain._batch(material.segments[0], [0, 1])
+    assert len(batch.old) == 2 == batch.new
+    logits_BTV = plain.model(batch.tokens_BS[:, :-1])
+    nll_BT = token_nll(logits_BTV, batch.tokens_BS[:, 1:])
+    log_p_BTV, guide_BTV = logits_BTV.log_softmax(-1), plain.teacher(batch.tokens_BS[:, :-1]).log_softmax(-1)
+    pull_BT = (guide_BTV.exp() * (guide_BTV - log_p_BTV)).sum(-1)
+    found = plain._loss(batch, nll_BT, logits_BTV)
+    torch.testing.assert_close(found, (0.75 * nll_BT + 0.25 * pull_BT).mean())
+    assert plain.step_flops == 4 * 32 * (plain.meter.full + plain.meter.forward)
+
+
+def test_lwf_has_no_guide_before_anything_was_learned(cfg: Config, tmp_path: Path) -> None:
+    material = load_material(cfg, "A", scratch=True)
+    weights = Workshop(tmp_path, cfg).base(material, 0, scratch=True)
+    plain = PlainTrainer(material, Method(lwf=0.5), 2e-3, 2.0, float("inf"), 0, weights, torch.device("cpu"))
+    assert plain.teacher is None and plain.step_flops == 4 * 32 * plain.meter.full
+    plain.run()
+    assert plain.teacher is not None and plain.meter.total <= 2 * plain.meter.full * material.stream_tokens
