@@ -17,7 +17,7 @@ import json
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -143,11 +143,8 @@ def night_of(name: str) -> Night:
     return night
 
 
-def live(
-    material: Material, shop: Workshop, order: str, seed: int, cycles: int, lr: float, night: Optional[Night] = None
-) -> Life:
+def live(material: Material, shop: Workshop, order: str, seed: int, cycles: int, lr: float, night: Night) -> Life:
     """One run through the stream. cycles: stretches, each with its deep sleep; 0: as a trial, looked at every night."""
-    night = night or Night()
     torch.manual_seed(seed)
     weights = shop.base(material, seed, scratch=False)
     shared = (lr, EPOCHS, float("inf"), seed, weights, shop.device)

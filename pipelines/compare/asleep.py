@@ -171,8 +171,7 @@ class NightTrainer:
             chosen = (self.turn + torch.arange(self.reread, device=new_BS.device)) % len(new_BS)
             self.turn += self.reread
             self.held_loss(student, new_BS[chosen])[1].sum().backward()
-            self.again = [(parameter, parameter.grad) for parameter in trained]
-            student.zero_grad(set_to_none=True)
+            self.again = set_gradients_aside(student)
         return float(old * self.context * self.joined_flops)
 
     def _replayable(self, wanted: int, place: Tuple[int, int]) -> int:
@@ -250,6 +249,13 @@ def dream_loss(student: NestedLM, dreams: Sequence[Dream]) -> Tensor:
     """Divergence of the student from the anchor on what the anchor dreamt, mean nats per token."""
     tokens_BT, guide_BTV = (torch.stack(part) for part in zip(*dreams, strict=True))
     return forward_kl(student(tokens_BT), guide_BTV).mean()
+
+
+def set_gradients_aside(model: nn.Module) -> Gradients:
+    """Take a model's gradients out of it."""
+    found = [(parameter, parameter.grad) for parameter in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    return found
 
 
 def _add_gradients(found: Gradients) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from nl_model.clock import LevelClock
 from nl_model.model import NestedLM
 from nl_model.online import OnlineLevels
-from pipelines.compare.asleep import Gradients, NightTrainer
+from pipelines.compare.asleep import Gradients, NightTrainer, set_gradients_aside
 from pipelines.compare.config import Night
 from pipelines.compare.material import Material, Segment
 from pipelines.compare.memory import Memory
@@ -79,7 +79,7 @@ class CircadianTrainer:
         self.memory = Memory(capacity - self.held_out, 0, seed, night.fewest)
         self.live, self.anchor = frozen_copy(self.model), frozen_copy(self.model)
         self.asleep = NightTrainer(cfg, night, lr, seed, self.memory, self.meter, self.anchor)
-        self.asleep.anchored = bool(len(material.base.tokens_NS))
+        self.asleep.anchored = material.has_base
         self.seen: List[str] = list(material.base_sources)
         self.anchor_row: Dict[str, Score] = {}
         self.position, self.credit, self.banked, self.rounds, self.rejected = 0, 0.0, 0.0, 0, 0
@@ -265,9 +265,7 @@ class CircadianTrainer:
 
     def _set_gradients_aside(self) -> Gradients:
         """Gradient sums of periods that a sleep cuts through; they wait for the rest of their period."""
-        pending = [(parameter, parameter.grad) for parameter in self.model.parameters()]
-        self.model.zero_grad(set_to_none=True)
-        return pending
+        return set_gradients_aside(self.model)
 
     @property
     def _gate_flops(self) -> float:

@@ -65,6 +65,11 @@ class Material:
         return found.hexdigest()
 
     @property
+    def has_base(self) -> bool:
+        """Whether there is text that was learned before the stream."""
+        return len(self.base.tokens_NS) > 0
+
+    @property
     def stream_bytes(self) -> int:
         """Bytes of the whole stream."""
         return int(sum(segment.bytes_N.sum() for segment in self.segments))

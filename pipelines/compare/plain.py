@@ -89,8 +89,7 @@ class PlainTrainer:
         self.memory = Memory(capacity, TOP_BYTES * self.top, seed)
         self.elastic = ElasticWeights(self.model, method.ewc) if method.ewc else None
         self.average = AverageWeights(self.model, method.ema) if method.ema else None
-        learned = bool(len(material.base.tokens_NS))
-        self.teacher = frozen_copy(self.model) if method.lwf and learned else None
+        self.teacher = frozen_copy(self.model) if method.lwf and material.has_base else None
         self.boundary = frozen_copy(self.model) if method.merge else None
         self.outer = [p.detach().clone() for p in self.model.parameters()] if method.reptile else []
         self.steps_done, self.credit, self.position = 0, 0.0, 0
@@ -123,7 +122,7 @@ class PlainTrainer:
         if self.method.replay:
             base = self.material.base
             self._store(base.tokens_NS, base.sources_N, 1.0 - self._window_share)
-        if self.elastic is not None and len(self.material.base.tokens_NS):
+        if self.elastic is not None and self.material.has_base:
             self._weigh(self.material.base)
         for segment in self.material.segments:
             self._learn(segment)
@@ -355,7 +354,7 @@ class JointTrainer(PlainTrainer):
     def run(self) -> Trace:
         """Train once over everything; returns the trial's trace."""
         material = self.material
-        parts = [material.base, *material.segments] if len(material.base.tokens_NS) else material.segments
+        parts = [material.base, *material.segments] if material.has_base else material.segments
         tokens_NS = np.concatenate([s.tokens_NS for s in parts])
         self.trace.score(self.model, 0)
         steps = int(self.epochs * self.meter.full * material.stream_tokens // self.step_flops)

@@ -107,7 +107,7 @@ class Workshop:
         """Weights that every method of a seed starts from; pretrained once on the base mixture and cached."""
         cfg = self.cfg
         model = NestedLM(cfg.model, cfg.levels, material.vocab_size).reset_parameters(seed)
-        if scratch or not len(material.base.tokens_NS):
+        if scratch or not material.has_base:
             return {n: p.detach() for n, p in model.named_parameters()}
         text = hashlib.sha256(material.base.tokens_NS.tobytes()).hexdigest()
         shape = [asdict(cfg)[k] for k in ("model", "levels", "base")] + [asdict(cfg.sleep.optimizer)]
