@@ -27,6 +27,12 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 KEPT = Path(__file__).parent / "results" / "default-run.json"
 MODEL = KEPT.with_name("model.json")
 COMPARISONS = tuple(KEPT.with_name(f"compare-s5{regime}.json") for regime in ("", "-cap5", "-cap1"))
+ELSEWHERE = tuple(
+    KEPT.with_name(f"compare-{name}.json")
+    for name in ("tshift", "s5-order3", "s5-mixed", "s5-scratch", "installed", "s5-sleep")
+)
+PRINCIPAL = ("circadian", "replay_tuned", "replay_50", "naive")
+"""Methods that every comparison has."""
 LEFT_OUT = ("stream_cursor", "quarantined")
 """Keys of summary.json that are long, or name files of the machine the run was made on."""
 PHASES = ("base", "stream", "control")
@@ -167,6 +173,39 @@ def render_comparison(*outcomes: Mapping[str, Any]) -> str:
     )
 
 
+def render_elsewhere(*outcomes: Mapping[str, Any]) -> str:
+    """Markdown: final bits of the principal methods on other streams, orders and budgets, lowest in bold.
+
+    Args:
+        outcomes: what `circadian compare --out` wrote, of one stream each.
+    """
+    rows, commands = [], []
+    for outcome in outcomes:
+        commands.append(f"* {_stream(outcome)}: `{outcome['command']}`")
+        for regime, found in outcome["regimes"].items():
+            finals = {name: found["mean_final_bpb"][name] for name in PRINCIPAL if name in found["mean_final_bpb"]}
+            cells = [_lowest(finals[name], finals) if name in finals else "" for name in PRINCIPAL]
+            where = _stream(outcome) if regime == "whole" else f"{_stream(outcome)}. {heading(regime)}"
+            rows.append([where, str(len(outcome["seeds"]) * len(outcome["orders"])), *cells])
+    table = markdown_table(["stream", "trials", *(f"`{name}`" for name in PRINCIPAL)], rows)
+    return "\n".join([table, "", *commands])
+
+
+def _lowest(value: float, finals: Mapping[str, float]) -> str:
+    return f"**{value:.3f}**" if value == min(finals.values()) else f"{value:.3f}"
+
+
+def _stream(outcome: Mapping[str, Any]) -> str:
+    """What was streamed, in what way and after what."""
+    stream = outcome["stream"]
+    if not stream["sources"]:
+        return "installed text, as `make run` has it"
+    base = "no base" if outcome["start"] == "random weights" else f"after {', '.join(stream['base'])}"
+    order = "" if outcome["orders"] == ["A"] else f", order {', '.join(outcome['orders'])}"
+    way = "" if stream["schedule"] == "sequential" else f", {stream['schedule']}"
+    return f"{', '.join(stream['sources'])}{way}{order}; {base}"
+
+
 def _lead(found: Mapping[str, Any], name: str) -> str:
     """A method's figure, and how far Circadian is below it."""
     if name not in found["mean_final_bpb"]:
@@ -180,6 +219,7 @@ def _lead(found: Mapping[str, Any], name: str) -> str:
 BLOCKS: dict[str, tuple[tuple[Path, ...], Callable[..., str]]] = {
     "model": ((MODEL,), render_model),
     "compare": (COMPARISONS, render_comparison),
+    "elsewhere": (ELSEWHERE, render_elsewhere),
 }
 """Tables of README.md that come from kept figures, by marker; left as they are where none of the files is there."""
 

@@ -15,8 +15,8 @@ class Regime:
     stored: float = float("inf")
     """Bytes that may be stored at any time, as a share of the stream's bytes."""
     asleep: float = 0.0
-    """Share of all FLOPs that is left for sleep once Circadian has read the stream awake: it sets every method's total;
-    0: the total is `Options.epochs`."""
+    """Share of all FLOPs that is left for sleep once Circadian has read and written the stream awake: it sets every
+    method's total; 0: the total is `Options.epochs`."""
 
     def epochs(self, given: float, wake: float) -> float:
         """FLOPs per stream token, in full training steps. wake: those of a wake step."""
@@ -52,7 +52,8 @@ class Night:
     handover: float = 0.5
     """Share of every awake batch that sleep goes on with from the awake pass, which only scored it: it runs all levels
     backwards and steps, with as many replayed sequences as there are FLOPs for; awake levels learn the others alone.
-    The share rises to 1 with the share of the past that is not held. A source has as many nights as batches then.
+    The share rises to 1 with the share of the past that is not held, and falls where FLOPs are few; where they are very
+    few the awake pass only reads. A source has as many nights as batches then.
     0: nights pass over the text again, as `rounds`, `recent`, `scarce_recent`, `recent_end`, `cycle` and `online` say,
     which mean nothing else; `lwf` and `repeats` mean nothing then, and `late` cannot be."""
     late: bool = False

@@ -23,6 +23,12 @@ from pipelines.config import Config
 
 LEAST_REPLAY = 0.5
 """FLOPs that every new sequence which sleep takes must leave for replay, at least, in those of training on it."""
+PLENTY = 5 / 3
+"""FLOPs per stream token, in full training steps, from which on `Night.handover` holds; with fewer it falls with what
+the awake pass leaves of them, so that every new sequence still has replay beside it."""
+LEAST_TO_WRITE = 0.5
+"""Part of that which must be left for the awake levels to be written at all: what they forget costs more than they
+learn where sleep is too short to mend it (docs/LOG.md)."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +48,16 @@ class HandoverTrainer(CircadianTrainer):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        if self._plenty() < LEAST_TO_WRITE:
+            self.levels, self.wake_flops = None, self.meter.forward
         self.due = 0.0
         """Sequences that the configured share gives sleep beside those that it has taken."""
         self.handed: Optional[Handed] = None
+
+    def _plenty(self) -> float:
+        """What the awake pass leaves of the FLOPs, by what it leaves where there are plenty; at most 1."""
+        full = self.meter.full
+        return max(0.0, min(1.0, (self.epochs * full - self.wake_flops) / (PLENTY * full - self.wake_flops)))
 
     @staticmethod
     def awake_batch(cfg: Config, night: Night) -> int:
@@ -92,9 +105,10 @@ class HandoverTrainer(CircadianTrainer):
     def _taken(self, rows: int) -> int:
         """How many sequences of an awake batch sleep takes, as far as there are FLOPs for them and some replay.
 
-        The configured share of them, or more: it rises to 1 with the share of the past that is not held.
+        The configured share of them, or more: it rises to 1 with the share of the past that is not held. With fewer
+        FLOPs than plenty it is less.
         """
-        share = self.night.handover + (1.0 - self.night.handover) * self.asleep.scarcity
+        share = (self.night.handover + (1.0 - self.night.handover) * self.asleep.scarcity) * self._plenty()
         self.due = min(self.due + share * rows, rows + 1.0)
         price = (LEAST_REPLAY * self.meter.full + self._handed_flops) * (self.width - 1)
         credit = self.credit + (self.epochs * self.meter.full - self.wake_flops) * rows * (self.width - 1)

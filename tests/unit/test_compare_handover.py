@@ -47,9 +47,11 @@ def material(cfg: Config) -> Material:
     return load_material(cfg, "A")
 
 
-def trainer(material: Material, tmp_path: Path, capacity: float = float("inf"), **changes: Any) -> HandoverTrainer:
+def trainer(
+    material: Material, tmp_path: Path, capacity: float = float("inf"), epochs: float = 2.0, **changes: Any
+) -> HandoverTrainer:
     weights, night = Workshop(tmp_path, material.cfg).base(material, 0, scratch=False), Night(gate=False, **changes)
-    live = HandoverTrainer(material, night, 2e-3, 2.0, capacity, 0, weights, torch.device("cpu"))
+    live = HandoverTrainer(material, night, 2e-3, epochs, capacity, 0, weights, torch.device("cpu"))
     live.memory.add(material.base.tokens_NS, material.base.sources_N)
     return live
 
@@ -115,8 +117,29 @@ def test_more_is_handed_over_where_less_is_stored(material: Material, tmp_path: 
     assert [sum(live._taken(4) for _ in range(10)) for live in (whole, small)] == wanted
     whole.epochs = whole.meter.wake / whole.meter.full
     assert whole._taken(4) == 0, "there are no FLOPs for it"
-    whole.credit = 2.0 * whole.meter.full * 32
-    assert whole._taken(4) == 1, "what would leave nothing for replay is not taken"
+
+
+def test_what_would_leave_nothing_for_replay_is_not_taken(material: Material, tmp_path: Path) -> None:
+    live = trainer(material, tmp_path, handover=1.0)
+    live.due, live.credit = 4.0, (2.0 * 32 - 4 * 32 * 2.0) * live.meter.full + 4 * 32 * live.wake_flops
+    assert live._taken(4) == 1
+
+
+@pytest.mark.parametrize(("epochs", "writes"), [(2.0, True), (1.2, True), (0.8, False), (0.5, False)])
+def test_with_few_flops_less_is_handed_over_and_awake_levels_only_read(
+    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: float, writes: bool
+) -> None:
+    """A new sequence has one replayed sequence at least beside it, and the budget holds."""
+    live, handed = trainer(material, tmp_path, epochs=epochs, bank=0.0), []
+    learn = live._learn
+    monkeypatch.setattr(live, "_learn", lambda tokens_BS: (handed.append(len(tokens_BS)), learn(tokens_BS))[1])
+    before = [p.detach().clone() for p in live.model.parameters()]
+    meter = live.run().meter
+    assert meter.total <= epochs * meter.full * material.stream_tokens * (1 + 1e-9)
+    assert (live.levels is not None) == writes
+    replay = meter.spent["sleep"] / live.cfg.model.context - sum(handed) * live._handed_flops
+    assert sum(handed) > 0 and replay >= sum(handed) * meter.full
+    assert any(not torch.equal(old, new) for old, new in zip(before, live.model.parameters(), strict=True))
 
 
 def test_the_last_boundarys_model_has_a_say_in_new_text_where_the_past_is_not_held(
