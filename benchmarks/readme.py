@@ -27,12 +27,16 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 KEPT = Path(__file__).parent / "results" / "default-run.json"
 MODEL = KEPT.with_name("model.json")
 COMPARISONS = tuple(KEPT.with_name(f"compare-s5{regime}.json") for regime in ("", "-cap5", "-cap1"))
-ELSEWHERE = tuple(
-    KEPT.with_name(f"compare-{name}.json")
-    for name in ("tshift", "s5-order3", "s5-mixed", "s5-scratch", "installed", "s5-sleep")
-)
+ELSEWHERE = {
+    "compare-tshift": "Python's PEPs by year, softly mixed",
+    "compare-s5-order3": "the same texts, a third order",
+    "compare-s5-mixed": "the same texts, mixed with drifting weights",
+    "compare-s5-scratch": "the same texts, without a base",
+    "compare-installed": "the text of `make run`",
+}
+"""Comparisons on other streams, by file name, and what they stream."""
 PRINCIPAL = ("circadian", "replay_tuned", "replay_50", "naive")
-"""Methods that every comparison has."""
+"""Methods shown of them."""
 LEFT_OUT = ("stream_cursor", "quarantined")
 """Keys of summary.json that are long, or name files of the machine the run was made on."""
 PHASES = ("base", "stream", "control")
@@ -174,36 +178,19 @@ def render_comparison(*outcomes: Mapping[str, Any]) -> str:
 
 
 def render_elsewhere(*outcomes: Mapping[str, Any]) -> str:
-    """Markdown: final bits of the principal methods on other streams, orders and budgets, lowest in bold.
+    """Markdown: final bits of the principal methods on other streams, with the whole history.
 
     Args:
-        outcomes: what `circadian compare --out` wrote, of one stream each.
+        outcomes: what `circadian compare --out` wrote, to files that `ELSEWHERE` names.
     """
     rows, commands = [], []
     for outcome in outcomes:
-        commands.append(f"* {_stream(outcome)}: `{outcome['command']}`")
-        for regime, found in outcome["regimes"].items():
-            finals = {name: found["mean_final_bpb"][name] for name in PRINCIPAL if name in found["mean_final_bpb"]}
-            cells = [_lowest(finals[name], finals) if name in finals else "" for name in PRINCIPAL]
-            where = _stream(outcome) if regime == "whole" else f"{_stream(outcome)}. {heading(regime)}"
-            rows.append([where, str(len(outcome["seeds"]) * len(outcome["orders"])), *cells])
+        where = ELSEWHERE[Path(outcome["command"].split(" --out ")[1].split()[0]).stem]
+        cells = [_lead(outcome["regimes"]["whole"], name) for name in PRINCIPAL]
+        rows.append([where, str(len(outcome["seeds"]) * len(outcome["orders"])), *cells])
+        commands.append(f"* {where}: `{outcome['command']}`")
     table = markdown_table(["stream", "trials", *(f"`{name}`" for name in PRINCIPAL)], rows)
     return "\n".join([table, "", *commands])
-
-
-def _lowest(value: float, finals: Mapping[str, float]) -> str:
-    return f"**{value:.3f}**" if value == min(finals.values()) else f"{value:.3f}"
-
-
-def _stream(outcome: Mapping[str, Any]) -> str:
-    """What was streamed, in what way and after what."""
-    stream = outcome["stream"]
-    if not stream["sources"]:
-        return "installed text, as `make run` has it"
-    base = "no base" if outcome["start"] == "random weights" else f"after {', '.join(stream['base'])}"
-    order = "" if outcome["orders"] == ["A"] else f", order {', '.join(outcome['orders'])}"
-    way = "" if stream["schedule"] == "sequential" else f", {stream['schedule']}"
-    return f"{', '.join(stream['sources'])}{way}{order}; {base}"
 
 
 def _lead(found: Mapping[str, Any], name: str) -> str:
@@ -219,7 +206,7 @@ def _lead(found: Mapping[str, Any], name: str) -> str:
 BLOCKS: dict[str, tuple[tuple[Path, ...], Callable[..., str]]] = {
     "model": ((MODEL,), render_model),
     "compare": (COMPARISONS, render_comparison),
-    "elsewhere": (ELSEWHERE, render_elsewhere),
+    "elsewhere": (tuple(KEPT.with_name(f"{name}.json") for name in ELSEWHERE), render_elsewhere),
 }
 """Tables of README.md that come from kept figures, by marker; left as they are where none of the files is there."""
 

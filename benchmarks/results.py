@@ -33,7 +33,7 @@ CHAPTERS = {
     "compare-s5-mixed": "Sources mixed with drifting weights, one seed",
     "compare-s5-scratch": "Without a base, one seed",
     "compare-installed": "Installed text, one seed",
-    "compare-s5-sleep": "Little sleep, one seed",
+    "compare-s5-sleep": "Little sleep",
     "transfer": "What a night moves into the slow levels",
     "cycles": "Cycle after cycle",
     "sleep": "Sleep on ranks",

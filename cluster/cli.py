@@ -106,7 +106,7 @@ def compare(
     orders: str = typer.Option("A,reverse", help="A (as configured), reverse, random-N."),
     regimes: str = typer.Option(
         "whole",
-        help="whole; cap5, cap1 (store, % of the stream); sleep50, sleep25, sleep10 (sleep, % of FLOPs).",
+        help="whole; cap5, cap1 (store, % of the stream); sleep50, sleep25, sleep10 (fewer FLOPs: % for sleep).",
     ),
     preset: str = typer.Option("micro", help="Sizes: micro (hours on two cores), small or base (GPU), none."),
     grid: str = typer.Option("1e-3,2e-3,4e-3,8e-3", help="Step sizes that every method is tuned over."),

@@ -15,8 +15,8 @@ class Regime:
     stored: float = float("inf")
     """Bytes that may be stored at any time, as a share of the stream's bytes."""
     asleep: float = 0.0
-    """Share of all FLOPs that is left for sleep once Circadian has read and written the stream awake: it sets every
-    method's total; 0: the total is `Options.epochs`."""
+    """Share of all FLOPs that an awake pass which writes would leave: it sets every method's total. Circadian, which
+    only reads where so few are left, has more of them asleep. 0: the total is `Options.epochs`."""
 
     def epochs(self, given: float, wake: float) -> float:
         """FLOPs per stream token, in full training steps. wake: those of a wake step."""

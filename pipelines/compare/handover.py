@@ -25,7 +25,7 @@ LEAST_REPLAY = 0.5
 """FLOPs that every new sequence which sleep takes must leave for replay, at least, in those of training on it."""
 PLENTY = 5 / 3
 """FLOPs per stream token, in full training steps, from which on `Night.handover` holds; with fewer it falls with what
-the awake pass leaves of them, so that every new sequence still has replay beside it."""
+the awake pass leaves of them, so that over time there is as much replay per new sequence."""
 LEAST_TO_WRITE = 0.5
 """Part of that which must be left for the awake levels to be written at all: what they forget costs more than they
 learn where sleep is too short to mend it (docs/LOG.md)."""

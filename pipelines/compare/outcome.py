@@ -87,7 +87,8 @@ def page(outcome: Mapping[str, Any]) -> str:
         "",
         f"Bits per byte, lower is better: means over {len(outcome['seeds'])} seeds x {len(outcome['orders'])} orders "
         f"({', '.join(outcome['orders'])}), {cells} trials per row, with 95 % bootstrap intervals. Every method starts "
-        f"from the same {outcome['start']} and spends the FLOPs of {outcome['epochs']:g} plain epochs of the stream; "
+        f"from the same {outcome['start']} and spends the FLOPs of {outcome['epochs']:g} plain epochs of the stream"
+        f"{' where no heading says less' if any(REGIMES[name].asleep for name in outcome['regimes']) else ''}; "
         f"{_tuned(outcome['tuning'])} (ablations take {OURS}'s{_borrowed(outcome)}).",
         "",
         "Learner: FLOPs that the learner itself spends on the stream, in full training steps per token. In line: FLOPs "
@@ -122,7 +123,8 @@ def heading(name: str) -> str:
     """A regime as a heading."""
     regime = REGIMES[name]
     store = "the whole history" if regime.stored == float("inf") else f"{100 * regime.stored:g} % of the stream's bytes"
-    return f"Store: {store}" + (f"; {100 * regime.asleep:g} % of all FLOPs asleep" if regime.asleep else "")
+    awake = 100 * (1.0 - regime.asleep)
+    return f"Store: {store}" + (f"; of all FLOPs, an awake pass that writes takes {awake:g} %" if regime.asleep else "")
 
 
 def _table(found: Mapping[str, Any]) -> List[str]:

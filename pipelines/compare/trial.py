@@ -22,7 +22,7 @@ from nl_model.weights import load_tensors, save_tensors, write_durably
 from pipelines.base import BaseBatches
 from pipelines.compare.circadian import CircadianTrainer
 from pipelines.compare.config import REGIMES, Method
-from pipelines.compare.handover import HandoverTrainer
+from pipelines.compare.handover import PLENTY, HandoverTrainer
 from pipelines.compare.material import Material
 from pipelines.compare.meter import Meter
 from pipelines.compare.plain import JointTrainer, PlainTrainer
@@ -32,6 +32,8 @@ from pipelines.sleep import learning_rate
 
 RULES = {"plain": 3, "joint": 1, "circadian": 5}
 """By family; raised whenever trials of the same settings come out differently than before. Older ones are not read."""
+FEW = 1
+"""Added to Circadian's where FLOPs are few: raised when only those come out differently."""
 WAIT = 2.0
 """Seconds between two looks at what another process is doing."""
 SHARED, AWAKE = ("model", "levels", "tokenizer", "stream", "base", "sleep"), ("wake", "gate")
@@ -61,7 +63,9 @@ class Key:
             parts["method"] = {k: v for k, v in parts["method"].items() if k != "night"}  # of no concern to others
             sections = [*SHARED]
         settings = asdict(cfg)
-        return config_hash(RULES[self.method.family], parts, [settings[k] for k in sections])
+        few = self.epochs < PLENTY or REGIMES[self.regime].asleep > 0
+        rules = RULES[self.method.family] + FEW * (few and self.method.family == "circadian")
+        return config_hash(rules, parts, [settings[k] for k in sections])
 
 
 class Workshop:

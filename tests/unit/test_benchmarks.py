@@ -308,6 +308,19 @@ def test_only_what_lies_between_the_markers_changes() -> None:
             readme.fill(broken, "x", "new")
 
 
+def test_other_streams_have_a_line_each_whatever_methods_they_were_run_with() -> None:
+    lead = {"replay_50": {"mean": -0.25, "low": -0.5, "high": -0.125}}
+    found = {"mean_final_bpb": {"circadian": 2.0, "replay_50": 2.25}, "against": {"mean_final_bpb": lead}}
+    outcome = {
+        "command": "circadian compare --scratch --out x/compare-s5-scratch.json",
+        "seeds": [1, 2],
+        "orders": ["A"],
+    }
+    text = readme.render_elsewhere({**outcome, "regimes": {"whole": found}})
+    assert "| the same texts, without a base | 2 | **2.000** |  | 2.250 (+0.250, +0.125 .. +0.500) |  |" in text
+    assert f"* the same texts, without a base: `{outcome['command']}`" in text
+
+
 def test_writing_makes_the_readme_up_to_date_and_every_change_shows(tmp_path: Path) -> None:
     page, kept, bench = tmp_path / "README.md", tmp_path / "results" / "kept.json", tmp_path / "RESULTS.md"
     page.write_text(README)

@@ -172,6 +172,19 @@ def test_other_text_under_the_same_names_is_another_trial(cfg: Config, material:
     assert after.digest(cfg) != before.digest(cfg)
 
 
+@pytest.mark.parametrize(
+    ("regime", "epochs", "same"), [("whole", 2.0, True), ("whole", 1.0, False), ("sleep50", 2.0, False)]
+)
+def test_trials_with_few_flops_have_rules_of_their_own(
+    cfg: Config, regime: str, epochs: float, same: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What changes for them alone does not make others start anew."""
+    keys = [Key(name, METHODS[name], 1e-3, regime, "A", 0, epochs, False) for name in ("circadian", "replay_50")]
+    before = [key.digest(cfg) for key in keys]
+    monkeypatch.setattr("pipelines.compare.trial.FEW", 7)
+    assert [key.digest(cfg) == old for key, old in zip(keys, before, strict=True)] == [same, True]
+
+
 def test_the_command_writes_json_page_and_pictures(folder: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     out = tmp_path / "compare-toy.json"

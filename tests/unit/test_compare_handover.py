@@ -125,7 +125,7 @@ def test_what_would_leave_nothing_for_replay_is_not_taken(material: Material, tm
     assert live._taken(4) == 1
 
 
-@pytest.mark.parametrize(("epochs", "writes"), [(2.0, True), (1.2, True), (0.8, False), (0.5, False)])
+@pytest.mark.parametrize(("epochs", "writes"), [(2.0, True), (1.1, True), (0.98, False), (0.5, False)])
 def test_with_few_flops_less_is_handed_over_and_awake_levels_only_read(
     material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: float, writes: bool
 ) -> None:
