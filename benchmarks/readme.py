@@ -108,6 +108,7 @@ def _facts(kept: Mapping[str, Any]) -> str:
         f"{kept['tokens_streamed']:,} tokens streamed, each once; {counted['committed']:,} experiences committed, "
         f"{counted['lost']:,} lost, {counted['duplicates']:,} twice.",
         f"{len(kept['rounds'])} consolidation rounds, {promoted} promoted.",
+        *_online(kept),
         f"System overhead {kept['system_overhead']:.1%} of the learner's time; "
         f"{kept['wake_tokens_per_second']:,.0f} tokens/s inside wake steps.",
         f"Wall time: {times}.",
@@ -119,6 +120,14 @@ def _facts(kept: Mapping[str, Any]) -> str:
     facts.append(f"Machine: {machine.show()}; {made['date']}.")
     facts.append(f"Made by `{made['command']}`, then `python -m benchmarks.readme runs/{kept['run']}`.")
     return "\n".join(f"* {fact}" for fact in facts)
+
+
+def _online(kept: Mapping[str, Any]) -> list[str]:
+    """Online loss, where the run has kept it."""
+    if kept.get("online_bpb") is None:
+        return []
+    recalled = f", {kept['recalled_bpb']:.3f} read together with recall" if kept.get("recalled_bpb") is not None else ""
+    return [f"Online, every batch before it is learned from: {kept['online_bpb']:.3f} bits per byte{recalled}."]
 
 
 def render_bench(results: str) -> str:

@@ -277,6 +277,7 @@ class Coordinator:
         metrics = {"wake/tokens_per_second": tokens / report.seconds, "wake/release": float(report.release)}
         for step in report.steps:
             metrics.update({f"online_bpb/{s}": v for s, v in step.bpb.items()})
+            metrics.update({f"recalled_bpb/{s}": v for s, v in step.recalled.items()})
         self.tracking.log_metrics(metrics, report.tokens)
 
     def _quarantine(self, source: str, origin: str, reason: str) -> None:

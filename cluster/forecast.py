@@ -13,6 +13,7 @@ from rich.table import Table
 
 from nl_model.config import ordered_levels
 from nl_model.model import NestedLM, resolve_device
+from nl_model.recall import LENGTHS
 from pipelines.config import Config
 
 MIB = 1 << 20
@@ -40,6 +41,7 @@ REMEDIES = {
     "gradients": "lower model.dim, model.blocks or levels.*.width, or raise pool.zero_stage",
     "moments": "lower model.dim or levels.*.width, or raise pool.zero_stage and pool.ranks",
     "master copy": "raise pool.ranks, or lower model.dim or levels.*.width",
+    "recall": "lower wake.recall",
     "teacher": "lower model.dim, model.blocks or levels.*.width",
     "anchor": "lower model.dim, model.blocks or levels.*.width",
     "releases": "lower model.dim, model.blocks or levels.*.width",
@@ -108,6 +110,7 @@ def estimate(cfg: Config, vocab_size: int) -> Dict[str, Dict[str, int]]:
         "weights": weights + FLOAT * fast,  # and the offset of its levels
         "gradients": FLOAT * fast,
         "moments": FLOAT * kept,
+        "recall": 8 * len(LENGTHS) * cfg.wake.recall,
         "activations": activation_bytes(cfg, vocab_size, cfg.wake.batch, True, 3) + passing_bytes(cfg, cfg.wake.batch),
         "releases": release + release // cfg.pool.ranks,  # one being adopted, and the bytes of a shard being checked
     }

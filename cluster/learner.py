@@ -14,15 +14,19 @@ import ray
 from cluster.actors import configure_torch
 from cluster.releases import Releases, load_release, split
 from nl_model.model import NestedLM, resolve_device
+from nl_model.recall import Recall
 from nl_model.weights import load_into, load_tensors, parameters_of, save_tensors
 from pipelines.config import Config
-from pipelines.experience import Record
+from pipelines.experience import DREAM_KEY, Record, Snapshot
 from pipelines.setting import open_setting
 from pipelines.stream import Cursor
 from pipelines.trigger import Cause, Trigger, relative_distance
 from pipelines.wake import Awake, StepReport
 
 KEPT_CHECKPOINTS = 2
+HEARD_AGAIN = 8
+"""Tokens per slot of recall that a start reads again, at most: what is older has mostly been overwritten."""
+ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,9 @@ class OnlineLearner:
         tensors, meta = load_tensors(found[-1]) if found else ({}, {"release": 0})
         release = load_release(self.releases.directory(int(meta["release"])))
         load_into(model, split(release, "weight"))
-        self.awake = Awake(model, cfg.compute)
+        last_key = int(meta.get("last_key", -1))
+        recall = self._recall(last_key) if cfg.wake.recall else None
+        self.awake = Awake(model, cfg.compute, recall)
         self.rest = parameters_of(model, "learner")
         self.trigger = Trigger(cfg.when, self.period, self.awake.levels.clock)
         if found:
@@ -92,11 +98,19 @@ class OnlineLearner:
         cursor = Cursor.from_json(meta["cursor"]) if found else None
         self.stream = self.setting.stream(cursor)
         self.service = service
-        self.version, self.last_key = int(meta.get("version", 0)), int(meta.get("last_key", -1))
+        self.version, self.last_key = int(meta.get("version", 0)), last_key
         self.steps_since_checkpoint = 0
         self.pending: List[Tuple[int, int]] = []
         self.last_end = time.perf_counter()
         return self._report(LearnerReport())
+
+    def _recall(self, last_key: int) -> Recall:
+        """Recall of what the store holds up to a key, the base first; only what its slots can still hold is heard."""
+        recall, snapshot = Recall(self.cfg.wake.recall), Snapshot.open(self.run_dir / "store")
+        rows = snapshot.rows_between(-DREAM_KEY, last_key)[-HEARD_AGAIN * recall.slots // self.cfg.model.context :]
+        for first in range(0, len(rows), ROWS_AT_ONCE):
+            recall.hear(snapshot.tokens(rows[first : first + ROWS_AT_ONCE]))
+        return recall
 
     def advance(self, max_steps: int, until: Optional[int] = None) -> LearnerReport:
         """Take up to `max_steps` wake steps; returns early where a round is due, at `until` tokens and at the end."""

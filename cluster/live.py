@@ -62,6 +62,7 @@ class ViewState:
     release: int = 0
     sources: list[str] = field(default_factory=list)
     online: dict[str, float] = field(default_factory=dict)
+    recalled: dict[str, float] = field(default_factory=dict)
     probe: dict[str, float] = field(default_factory=dict)
     final: dict[str, float] = field(default_factory=dict)
     current: list[str] = field(default_factory=list)
@@ -110,6 +111,7 @@ class ViewState:
         for step in event.get("steps", ()):
             scores = {source: float(bpb) for source, bpb in (step.get("bpb") or {}).items() if bpb is not None}
             self.online.update(scores)
+            self.recalled.update({s: float(bpb) for s, bpb in (step.get("recalled") or {}).items() if bpb is not None})
             self.current = list(scores)
             for name in step.get("written") or ():
                 level = self.levels.setdefault(name, LevelView())
@@ -269,10 +271,13 @@ def _render_levels(state: ViewState) -> Text:
 def _render_sources(state: ViewState) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("source")
-    for column in ("online bpb", "last probe", "final"):
+    columns = {"online bpb": state.online, "last probe": state.probe, "final": state.final}
+    if state.recalled:
+        columns = {"online bpb": state.online, "with recall": state.recalled, **columns}
+    for column in columns:
         table.add_column(column, justify="right")
     for source in state.sources:
-        cells = [_score(scores.get(source)) for scores in (state.online, state.probe, state.final)]
+        cells = [_score(scores.get(source)) for scores in columns.values()]
         table.add_row(Text(source), *cells, style="bold" if source in state.current else "")
     return table
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
 import numpy as np
 
 from cluster.state import RunState
 from pipelines.config import Config
 from pipelines.dream_report import dream_summary
+from pipelines.events import Timeline, build_timeline, mean_of, read_events
 from pipelines.experience import DREAM_KEY, Snapshot
 from pipelines.probe import Row, read_matrix
 from pipelines.setting import Setting
@@ -31,6 +32,7 @@ def build_summary(cfg: Config, run_dir: Path, setting: Setting, state: RunState)
         "stream_sources": setting.stream_sources,
         **matrix,
         "control": _control(state, sources, slack),
+        **_online(run_dir),
         "rounds": state.rounds,
         "dreams": dream_summary(state.rounds),
         "tokens_streamed": state.tokens,
@@ -44,6 +46,13 @@ def build_summary(cfg: Config, run_dir: Path, setting: Setting, state: RunState)
         "seconds": state.seconds,
         "versions": versions(),
     }
+
+
+def _online(run_dir: Path) -> Dict[str, Optional[float]]:
+    """Mean online loss over the stream, of the weights alone and read together with recall, as the journal has it."""
+    journal = run_dir / "events.jsonl"
+    timeline = build_timeline(read_events(journal)) if journal.exists() else Timeline()
+    return {"online_bpb": mean_of(timeline.bpb), "recalled_bpb": mean_of(timeline.recalled)}
 
 
 def _control(state: RunState, sources: List[str], slack: int) -> Dict[str, Any] | None:

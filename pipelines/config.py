@@ -114,9 +114,17 @@ class WakeConfig:
     """Sequences per wake step."""
     checkpoint_every: int = 32
     """Wake steps between checkpoints of the learner (a resume replays at most this many)."""
+    recall: int = 131072
+    """Contexts of each of some lengths of which the learner remembers what followed, to read with (nl_model/recall.py):
+    a power of two, 0 for none. The online loss is reported with and without; nothing is trained on it."""
 
     def __post_init__(self) -> None:
         at_least("wake.batch", self.batch, 1)
+        at_least("wake.recall", self.recall, 0)
+        if self.recall & (self.recall - 1):
+            raise ValueError(
+                f"wake.recall={self.recall} is no power of two; use {1 << self.recall.bit_length() - 1}, or 0 for none"
+            )
         at_least("wake.checkpoint_every", self.checkpoint_every, 1)
 
 

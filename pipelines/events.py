@@ -133,6 +133,8 @@ class Timeline:
     levels: dict[str, dict[str, Any]] = field(default_factory=dict)
     bpb: dict[str, list[Point]] = field(default_factory=dict)
     surprise: dict[str, list[Point]] = field(default_factory=dict)
+    recalled: dict[str, list[Point]] = field(default_factory=dict)
+    """Online loss with recall; empty where there is none."""
     writes: dict[str, list[int]] = field(default_factory=dict)
     adoptions: list[tuple[int, int]] = field(default_factory=list)
     """(stream position, release)"""
@@ -206,13 +208,23 @@ def _follow(span: RoundSpan, event: Event, now: float) -> None:
 def _spread(timeline: Timeline, steps: dict[int, Event]) -> None:
     for tokens in sorted(steps):
         step = steps[tokens]
-        for series, key in ((timeline.bpb, "bpb"), (timeline.surprise, "surprise")):
+        for series, key in (
+            (timeline.bpb, "bpb"),
+            (timeline.surprise, "surprise"),
+            (timeline.recalled, "recalled"),
+        ):
             for source, value in (step.get(key) or {}).items():
                 if value is not None:
                     series.setdefault(source, []).append((tokens, float(value)))
         for level in step.get("written") or ():
             timeline.writes.setdefault(level, []).append(tokens)
     timeline.sources = list(dict.fromkeys([*timeline.sources, *timeline.bpb, *timeline.surprise]))
+
+
+def mean_of(series: Mapping[str, list[Point]]) -> Optional[float]:
+    """Mean over all points of all sources; None where there is none."""
+    values = [value for points in series.values() for _, value in points]
+    return math.fsum(values) / len(values) if values else None
 
 
 # Words that the plots, the report and the live view share.

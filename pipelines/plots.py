@@ -50,14 +50,18 @@ def write_plots(timeline: Timeline, summary: Mapping[str, Any], folder: Path) ->
 
 
 def online_loss(timeline: Timeline) -> Figure:
-    """Bits per byte by source over the stream, each batch scored before it is learned from; sleeps marked."""
+    """Bits per byte by source over the stream, each batch scored before it is learned from; sleeps marked.
+
+    Thin lines below: the same read together with recall.
+    """
     figure, axes = _figure("Online loss: every batch scored before it is learned from", height=4.4)
     if not timeline.bpb:
         return _empty(axes, "No wake step yet.")
     _draw_sources(axes, timeline, timeline.bpb)
+    _draw_sources(axes, timeline, timeline.recalled, thin=True)
     _mark_sleeps(axes, timeline)
     _stream_axis(axes, timeline)
-    axes.set_ylabel("bits per byte")
+    axes.set_ylabel("bits per byte" + (" (thin: with recall)" if timeline.recalled else ""))
     _source_legend(axes, timeline, timeline.bpb)
     return figure
 
@@ -206,7 +210,7 @@ def _look(timeline: Timeline, source: str) -> tuple[str, str]:
     return COLOURS[index % len(COLOURS)], DASHES[index // len(COLOURS) % len(DASHES)]
 
 
-def _draw_sources(axes: Axes, timeline: Timeline, series: Mapping[str, Sequence[Point]]) -> None:
+def _draw_sources(axes: Axes, timeline: Timeline, series: Mapping[str, Sequence[Point]], thin: bool = False) -> None:
     steps = sorted({tokens for points in series.values() for tokens, _ in points})
     stride = float(np.median(np.diff(steps))) if len(steps) > 1 else 1.0
     for source, points in series.items():
@@ -214,9 +218,9 @@ def _draw_sources(axes: Axes, timeline: Timeline, series: Mapping[str, Sequence[
         x, y = np.array(points, dtype=np.float64).T
         # A source that pauses leaves a gap instead of a line across it.
         for part in np.split(np.arange(len(x)), np.flatnonzero(np.diff(x) > 12 * stride) + 1):
-            kept = part[:: max(1, len(part) // MAX_TICKS)]
+            kept = part[:: max(1, len(part) // MAX_TICKS)] if not thin else part[:0]
             axes.plot(x[kept], y[kept], color=colour, lw=0.7, alpha=0.3, marker="o" if len(part) == 1 else None, ms=3)
-            axes.plot(x[part], smooth(y[part], max(1, len(steps) // 120)), color=colour, ls=dash, lw=2)
+            axes.plot(x[part], smooth(y[part], max(1, len(steps) // 120)), color=colour, ls=dash, lw=1 if thin else 2)
 
 
 def _source_legend(axes: Axes, timeline: Timeline, series: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """The awake phase: score, log, then learn. One forward pass serves both the score and the gradient.
 
-Shapes: B sequences in a batch, T predicted tokens per sequence.
+Shapes: B sequences in a batch, T predicted tokens per sequence, K lengths of context that recall looks up.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Callable, Dict, List, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from nl_model.config import ordered_levels
 from nl_model.model import NestedLM, autocast
 from nl_model.online import OnlineLevels
+from nl_model.recall import Recall, score_with
 from nl_model.weights import load_into, parameters_of
 from pipelines.config import ComputeConfig
 from pipelines.experience import Record
@@ -41,6 +42,8 @@ class StepReport:
     """Online loss per source in bits per byte, measured before learning."""
     surprise: Dict[str, float]
     """The same in nats per token."""
+    recalled: Dict[str, float]
+    """Online loss per source in bits per byte when the model is read together with recall; empty without recall."""
     written: Tuple[str, ...]
     """Levels written at the end of the step."""
     quarantined: Tuple[Tuple[int, str, str], ...]
@@ -52,9 +55,12 @@ class Awake:
 
     Fast weights are `u + offset`: u moves by the learner's own gradients, offset by adoptions only
     (docs/ARCHITECTURE.md, rebasing).
+
+    Args:
+        recall: read beside the model where there is one. No gradient, surprise or decision comes from it.
     """
 
-    def __init__(self, model: NestedLM, compute: ComputeConfig) -> None:
+    def __init__(self, model: NestedLM, compute: ComputeConfig, recall: Optional[Recall] = None) -> None:
         levels = model.level_configs
         names = [n for n in ordered_levels(levels) if levels[n].owner == "learner"]
         self.model = model
@@ -62,6 +68,8 @@ class Awake:
         self.precision = compute.precision
         self.levels = OnlineLevels(model, names)
         self.nll = torch.compile(model.nll) if compute.compile else model.nll
+        self.score_with = torch.compile(score_with) if compute.compile else score_with
+        self.recall = recall
         self.offset: Dict[str, Tensor] = {n: torch.zeros_like(p) for n, p in parameters_of(model, "learner").items()}
         self.release = 0
 
@@ -72,8 +80,7 @@ class Awake:
         """
         start = time.perf_counter()
         sequences_BS = torch.from_numpy(np.stack([s.tokens for s in batch]).astype(np.int64)).to(self.device)
-        with autocast(self.device, self.precision):
-            nll_BT = self.nll(sequences_BS)
+        nll_BT, recalled_B = self._score(sequences_BS)
         surprise_B = nll_BT.detach().mean(1).cpu()
         wait_until_durable = log(self._records(batch, surprise_B))
 
@@ -92,7 +99,23 @@ class Awake:
         waited += time.perf_counter()
         written = self.levels.advance(sequences_BS[:, 1:].numel())
         bpb, surprise = _by_source(batch, surprise_B.double(), nll_BT.size(1))
-        return StepReport(self.tokens, time.perf_counter() - start, waited, bpb, surprise, written, quarantined)
+        recalled = {} if recalled_B is None else _by_source(batch, recalled_B, nll_BT.size(1))[0]
+        seconds = time.perf_counter() - start
+        return StepReport(self.tokens, seconds, waited, bpb, surprise, recalled, written, quarantined)
+
+    def _score(self, sequences_BS: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
+        """The model's loss (B, T) with its graph; and the mean loss of each sequence read together with recall (B,)."""
+        if self.recall is None:
+            with autocast(self.device, self.precision):
+                return self.nll(sequences_BS), None
+        tokens_BS = sequences_BS.cpu().numpy()
+        heard = self.recall.hear(tokens_BS)
+        with autocast(self.device, self.precision):
+            nll_BT, others_BKT = self.score_with(
+                self.model, sequences_BS, torch.from_numpy(heard.tokens_BKT).to(self.device)
+            )
+        own, others = (part.detach().double().cpu().numpy() for part in (nll_BT, others_BKT))
+        return nll_BT, torch.from_numpy(self.recall.mix(heard, own, others, tokens_BS[:, 1:]).mean(1))
 
     @property
     def tokens(self) -> int:
@@ -142,12 +165,17 @@ class Awake:
         return {name: value - self.offset[name] for name, value in parameters_of(self.model, "learner").items()}
 
     def state(self) -> Tuple[Dict[str, Tensor], Dict[str, int]]:
-        """Everything but the slow weights: (tensors, counters). Exact to the bit, also in the middle of a period."""
+        """Everything but the slow weights: (tensors, counters). Exact to the bit, also in the middle of a period.
+
+        What recall remembers is not in it: it is heard again, from the store.
+        """
         tensors = {f"weight/{n}": t for n, t in parameters_of(self.model, "learner").items()}
         tensors.update({f"offset/{n}": t for n, t in self.offset.items()})
         tensors.update(self.levels.optimizers.state())
         if self.levels.starts is not None:
             tensors.update(self.levels.starts.state())
+        if self.recall is not None:
+            tensors.update(self.recall.state())
         return tensors, {"tokens": self.tokens, "release": self.release}
 
     def load_state(self, tensors: Dict[str, Tensor], counters: Dict[str, int]) -> None:
@@ -158,6 +186,8 @@ class Awake:
         self.levels.optimizers.load_state(tensors)
         if self.levels.starts is not None:
             self.levels.starts.load_state(tensors)
+        if self.recall is not None:
+            self.recall.load_state(tensors)
         self.levels.tokens, self.release = int(counters["tokens"]), int(counters["release"])
 
 

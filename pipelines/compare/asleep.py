@@ -130,16 +130,16 @@ class NightTrainer:
         """FLOPs of a token in a step that `join` takes."""
         return float(self.meter.full + self.meter.forward * bool(self.night.lwf * self.pull))
 
-    def held_loss(self, student: NestedLM, tokens_BS: Tensor) -> Tuple[Tensor, Tensor]:
-        """Loss of the text, and with what the anchor says of it as far as that has a say: nats (B, T) each."""
+    def held_loss(self, student: NestedLM, tokens_BS: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        """Logits (B, T, V), loss of text, and loss with what the anchor says of it as far as it has a say (B, T)."""
         logits_BTV = student(tokens_BS[:, :-1])
         nll_BT = token_nll(logits_BTV, tokens_BS[:, 1:])
         weight = self.night.lwf * self.pull
         if not weight:
-            return nll_BT, nll_BT
+            return logits_BTV, nll_BT, nll_BT
         with torch.no_grad():
             guide_BTV = self.anchor(tokens_BS[:, :-1])
-        return nll_BT, (1.0 - weight) * nll_BT + weight * forward_kl(logits_BTV, guide_BTV)
+        return logits_BTV, nll_BT, (1.0 - weight) * nll_BT + weight * forward_kl(logits_BTV, guide_BTV)
 
     def join(self, student: NestedLM, new_BS: Tensor, old: int, place: Tuple[int, int]) -> float:
         """One step on gradients that are there already and on replayed sequences; returns the FLOPs of these.
@@ -164,13 +164,13 @@ class NightTrainer:
         if stored:
             drawn = self.memory.tokens_NS[self.memory.draw(stored, self.night.balance)]
             rows_BS = torch.from_numpy(drawn).to(new_BS.device)
-            (self.held_loss(student, rows_BS)[1].sum() / total).backward()
+            (self.held_loss(student, rows_BS)[-1].sum() / total).backward()
         self._apply(trained, *place)
         self.again, self.reread = [], old - stored
         if self.reread:
             chosen = (self.turn + torch.arange(self.reread, device=new_BS.device)) % len(new_BS)
             self.turn += self.reread
-            self.held_loss(student, new_BS[chosen])[1].sum().backward()
+            self.held_loss(student, new_BS[chosen])[-1].sum().backward()
             self.again = set_gradients_aside(student)
         return float(old * self.context * self.joined_flops)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nl_model.clock import LevelClock
+from nl_model.losses import token_nll
 from nl_model.model import NestedLM
 from nl_model.online import OnlineLevels
 from pipelines.compare.asleep import Gradients, NightTrainer, set_gradients_aside
@@ -22,7 +23,7 @@ from pipelines.compare.material import Material, Segment
 from pipelines.compare.memory import Memory
 from pipelines.compare.meter import Meter
 from pipelines.compare.pulls import frozen_copy
-from pipelines.compare.trace import Trace, fresh_model
+from pipelines.compare.trace import Trace, fresh_model, fresh_recall
 from pipelines.config import Config
 from pipelines.evidence import Evidence, Storage
 from pipelines.gate import check_forgetting, check_loss, decide
@@ -66,7 +67,8 @@ class CircadianTrainer:
         self.cfg, self.size, self.width = cfg, cfg.sleep.batch, cfg.model.context + 1
         self.model = fresh_model(material, weights, device, cfg)
         self.meter = Meter.of(cfg, material.vocab_size)
-        self.trace = Trace(material, self.meter)
+        recall = fresh_recall(material, capacity)
+        self.trace = Trace(material, self.meter, recall=recall, reads_with_recall=night.recall and recall is not None)
         owned = [n for n, level in cfg.levels.items() if level.owner == "learner" or night.wake == "all"]
         self.levels = OnlineLevels(self.model, owned) if night.wake != "none" else None
         if self.levels is not None and night.wake == "all":
@@ -174,18 +176,20 @@ class CircadianTrainer:
             stop = min(last, start + batch)
             tokens_BS = torch.from_numpy(segment.tokens_NS[start:stop]).to(self.device)
             with torch.set_grad_enabled(self.levels is not None):
-                nll_BT = self.model.nll(tokens_BS)
-            self._saw(nll_BT, segment.bytes_N[start:stop], self.wake_flops * nll_BT.numel())
+                logits_BTV = self.model(tokens_BS[:, :-1])
+                nll_BT = token_nll(logits_BTV, tokens_BS[:, 1:])
+            flops = self.wake_flops * nll_BT.numel()
+            self._saw(tokens_BS, logits_BTV.detach(), nll_BT, segment.bytes_N[start:stop], flops)
             self.trace.inline_flops += self.wake_flops * nll_BT.numel()
             if self.levels is not None:
                 self.levels.observe(nll_BT)
                 self.levels.advance(nll_BT.numel())
         self.trace.holds(self.memory.bytes + (last - first) * T + self.held_out)
 
-    def _saw(self, nll_BT: Tensor, bytes_B: np.ndarray, flops: float) -> None:
+    def _saw(self, tokens_BS: Tensor, logits_BTV: Tensor, nll_BT: Tensor, bytes_B: np.ndarray, flops: float) -> None:
         """Note the loss of new text and what it took awake; the rest of its FLOPs is for sleep."""
         self.position += nll_BT.numel()
-        self.trace.saw(self.position, nll_BT, bytes_B)
+        self.trace.saw(self.position, tokens_BS, logits_BTV, nll_BT, bytes_B)
         self.meter.spend("wake", flops)
         self.trace.learner_flops += flops
         self.credit += self.epochs * self.meter.full * nll_BT.numel() - flops

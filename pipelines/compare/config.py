@@ -112,6 +112,8 @@ class Night:
     """The same of nights that a deep sleep follows: that one cools down for them."""
     balance: float = 0.5
     """0: replay every stored sequence equally often. 1: every source equally often."""
+    recall: bool = True
+    """Read together with recall (nl_model/recall.py), where the whole history is stored. Nothing is trained on it."""
     fewest: bool = True
     """Where most of the past is held, replay first what was trained on the fewest times; else draw with replacement."""
 
@@ -197,7 +199,7 @@ REPLAY = Method(replay=0.5)
 CIRCADIAN = Method("circadian")
 
 
-OWN_PASSES = Night(handover=0.0, lwf=0.0, merge=0.45, bank=0.45, night_floor=0.05, fewest=False)
+OWN_PASSES = Night(handover=0.0, lwf=0.0, merge=0.45, bank=0.45, night_floor=0.05, fewest=False, recall=False)
 NIGHTS = replace(CIRCADIAN, night=OWN_PASSES)
 """Sixteen nights per source that pass over the day's text themselves: what guides, slots and dreams are tried on."""
 

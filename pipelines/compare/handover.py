@@ -15,6 +15,7 @@ from typing import Any, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from nl_model.losses import token_nll
 from pipelines.compare.asleep import Gradients
 from pipelines.compare.circadian import CircadianTrainer
 from pipelines.compare.config import Night
@@ -79,14 +80,15 @@ class HandoverTrainer(CircadianTrainer):
         tokens_BS = torch.from_numpy(segment.tokens_NS[first:last]).to(self.device)
         taken, pending = self._taken(rows), self._set_gradients_aside()
         self.model.requires_grad_(True)
-        taken_BT = self._learn(tokens_BS[:taken])
+        learned = self._learn(tokens_BS[:taken])
         handed = Handed(self._set_gradients_aside(), tokens_BS[:taken], day)
         _give_back(pending)
-        nll_BT = torch.cat([taken_BT, self._write_awake(tokens_BS[taken:], rows)])
+        written = self._write_awake(tokens_BS[taken:], rows)
+        logits_BTV, nll_BT = (torch.cat(parts) for parts in zip(learned, written, strict=True))
         waiting = len(self.handed.new_BS) if self.handed else 0
         self.trace.holds(self.memory.bytes + (rows + waiting) * T + self.held_out)
         awake = (meter.forward * taken + self.wake_flops * (rows - taken)) * T
-        self._saw(nll_BT, segment.bytes_N[first:last], awake)
+        self._saw(tokens_BS, logits_BTV, nll_BT, segment.bytes_N[first:last], awake)
         backward, gate = self._handed_flops * taken * T, self._gate_flops * self.gated / day[1]
         meter.spend("sleep", backward)
         self.trace.inline_flops += awake + (0.0 if self.night.late else backward)
@@ -121,22 +123,26 @@ class HandoverTrainer(CircadianTrainer):
         """What sleep spends on a token handed over: a step's FLOPs but for the awake pass."""
         return self.asleep.joined_flops - self.meter.forward
 
-    def _learn(self, tokens_BS: Tensor) -> Tensor:
-        """Run what is handed over forwards and backwards, gradients being sums; its loss (B, T)."""
-        nll_BT, loss_BT = self.asleep.held_loss(self.model, tokens_BS)
+    def _learn(self, tokens_BS: Tensor) -> Tuple[Tensor, Tensor]:
+        """Run what is handed over forwards and backwards, gradients being sums; logits (B, T, V) and loss (B, T)."""
+        logits_BTV, nll_BT, loss_BT = self.asleep.held_loss(self.model, tokens_BS)
         loss_BT.sum().backward()
-        return nll_BT.detach()
+        return logits_BTV.detach(), nll_BT.detach()
 
-    def _write_awake(self, rest_BS: Tensor, rows: int) -> Tensor:
-        """Score what sleep does not take of a batch of `rows` and write the awake levels that are due; loss (B, T)."""
+    def _write_awake(self, rest_BS: Tensor, rows: int) -> Tuple[Tensor, Tensor]:
+        """Score what sleep does not take of a batch of `rows` and write the awake levels that are due.
+
+        Returns logits (B, T, V) and loss (B, T).
+        """
         self._train_levels()
         with torch.set_grad_enabled(self.levels is not None):
-            rest_BT = self.model.nll(rest_BS)
+            logits_BTV = self.model(rest_BS[:, :-1])
+            rest_BT = token_nll(logits_BTV, rest_BS[:, 1:])
         if self.levels is not None:
             if len(rest_BS):
                 self.levels.observe(rest_BT)
             self.levels.advance(rows * (self.width - 1))
-        return rest_BT.detach()
+        return logits_BTV.detach(), rest_BT.detach()
 
     def _step(self) -> None:
         """The sleeping step on what was handed over last and on as many replayed sequences as there are FLOPs for."""

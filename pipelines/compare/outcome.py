@@ -14,7 +14,9 @@ from pipelines.compare.runner import OURS, Chosen
 from pipelines.compare.statistics import columns, gap_closed, interval, paired
 
 Results = Mapping[Tuple[str, str, str, int], Mapping[str, Any]]
-SCORES = ("mean_final_bpb", "forgetting", "learning", "online_bpb")
+SCORES = ("mean_final_bpb", "forgetting", "learning", "online_bpb", "weights_bpb", "recalled_bpb")
+READINGS = {"weights_bpb": "weights alone", "recalled_bpb": "with recall"}
+"""Online loss by how text is read, whichever way the method reads, and its heading."""
 MEANS = (*SCORES, "base_bpb", "stored_bytes", "learner_step", "inline_step", "seconds")
 
 
@@ -51,7 +53,7 @@ def _regime(options: Options, results: Results, regime: str) -> Dict[str, Any]:
     found["flops"] = {name: float(np.mean([t["flops"]["total"] for t in ts])) for name, ts in trials.items()}
     found["trials"] = {
         name: [
-            {key: t[key] for key in (*SCORES, "matrix", "sources")}
+            {key: t.get(key) for key in (*SCORES, "matrix", "sources")}
             | {"seed": t["key"]["seed"], "order": t["key"]["order"], "curve": t["curve"]}
             for t in ts
         ]
@@ -94,9 +96,19 @@ def page(outcome: Mapping[str, Any]) -> str:
         "Learner: FLOPs that the learner itself spends on the stream, in full training steps per token. In line: FLOPs "
         "that the next batch waits for, whoever spends them.",
     ]
+    if any(found.get("recalled_bpb") for found in outcome["regimes"].values()):
+        lines += ["", RECALL]
     for regime, found in outcome["regimes"].items():
         lines += ["", f"### {heading(regime)}", "", *_table(found)]
     return "\n".join(lines) + "\n"
+
+
+RECALL = (
+    "Online: loss of every batch before it is learned from, as the method reads. Where the whole history is stored, "
+    f"{OURS} and its ablations (not those on circadian_nights) read together with recall, which says what followed the "
+    "same words last time; its index counts as stored. Beside it, for every method alike: the loss of the weights "
+    "alone, and with recall."
+)
 
 
 def _tuned(tuning: Mapping[str, Any]) -> str:
@@ -129,6 +141,7 @@ def heading(name: str) -> str:
 
 def _table(found: Mapping[str, Any]) -> List[str]:
     measure = _measure(found["mean_final_bpb"])
+    readings = {key: words for key, words in READINGS.items() if found.get("recalled_bpb") and found.get(key)}
     head = [
         "method",
         "final mean",
@@ -137,6 +150,7 @@ def _table(found: Mapping[str, Any]) -> List[str]:
         "learning",
         "forgetting",
         "online",
+        *readings.values(),
         "learner",
         "in line",
         "stored",
@@ -145,7 +159,7 @@ def _table(found: Mapping[str, Any]) -> List[str]:
     for name in sorted(found["mean_final_bpb"], key=lambda n: found["mean_final_bpb"][n]):
         low, high = found["interval"][name]
         lead = found.get("against", {}).get("mean_final_bpb", {}).get(name)
-        online = found["online_bpb"].get(name)
+        online = [found[key].get(name) for key in ("online_bpb", *readings)]
         cells = [
             f"**{name}**" if name == measure else name,
             f"{found['mean_final_bpb'][name]:.3f}",
@@ -153,7 +167,7 @@ def _table(found: Mapping[str, Any]) -> List[str]:
             f"{-lead['mean']:+.3f} ({-lead['high']:+.3f} .. {-lead['low']:+.3f})" if lead else "",
             f"{found['learning'][name]:.3f}",
             f"{found['forgetting'][name]:+.3f}",
-            f"{online:.3f}" if online is not None else "",
+            *(f"{value:.3f}" if value is not None else "" for value in online),
             f"{found['learner_step'][name]:.2f}",
             f"{found['inline_step'][name]:.2f}" if name in found.get("inline_step", {}) else "",
             f"{found['stored_bytes'][name] / 1024:,.0f} KiB",

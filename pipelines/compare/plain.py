@@ -18,6 +18,7 @@ from torch import Tensor
 from nl_model.distillation import forward_kl
 from nl_model.losses import token_nll
 from nl_model.optim.levelwise import build_optimizer
+from nl_model.recall import Recall
 from pipelines.compare.config import Method
 from pipelines.compare.material import Material, Segment
 from pipelines.compare.memory import TOP_BYTES, Memory
@@ -30,7 +31,7 @@ from pipelines.compare.pulls import (
     keep_top,
     top_divergence,
 )
-from pipelines.compare.trace import Trace, fresh_model
+from pipelines.compare.trace import Trace, fresh_model, fresh_recall
 from pipelines.sleep import learning_rate
 
 FISHER_SEQUENCES = 64
@@ -79,7 +80,7 @@ class PlainTrainer:
         self.size, self.width = cfg.sleep.batch, cfg.model.context + 1
         self.model = fresh_model(material, weights, device)
         self.meter = Meter.of(cfg, material.vocab_size)
-        self.trace = Trace(material, self.meter)
+        self.trace = Trace(material, self.meter, recall=self._recall(capacity))
         generator = torch.Generator().manual_seed(seed)
         self.generator = generator
         self.adapters = adapt(self.model, method.lora, generator) if method.lora else []
@@ -100,6 +101,9 @@ class PlainTrainer:
         self.kept: Dict[int, Tuple[np.ndarray, np.ndarray]] = {}
         self.seen_segment: Optional[Segment] = None
         self.visited = np.zeros(0, bool)
+
+    def _recall(self, capacity: float) -> Optional[Recall]:
+        return fresh_recall(self.material, capacity)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         return build_optimizer([p for p in self.model.parameters() if p.requires_grad], self.optimizer_config)
@@ -222,7 +226,8 @@ class PlainTrainer:
             return
         places = [batch.places[i] for i in fresh]
         position = self.position + (max(places) + 1) * (self.width - 1)
-        self.trace.saw(position, nll_BT[fresh], segment.bytes_N[places])
+        seen = batch.tokens_BS[fresh], logits_BTV[fresh], nll_BT[fresh]
+        self.trace.saw(position, *seen, segment.bytes_N[places])
         if self.method.der:
             ids, logs = keep_top(logits_BTV[fresh], self.top)
             for place, i, log in zip(places, ids.cpu().numpy(), logs.cpu().numpy(), strict=True):
@@ -350,6 +355,9 @@ def _visits(first: int, last: int, counts: np.ndarray) -> List[List[int]]:
 
 class JointTrainer(PlainTrainer):
     """All text of base and stream at once, in random order: what a learner without a stream would reach."""
+
+    def _recall(self, capacity: float) -> Optional[Recall]:
+        return None
 
     def run(self) -> Trace:
         """Train once over everything; returns the trial's trace."""

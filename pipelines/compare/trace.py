@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nl_model.model import NestedLM
+from nl_model.recall import Recall
 from nl_model.weights import load_into
 from pipelines.compare.material import Material
 from pipelines.compare.meter import Meter
@@ -22,6 +23,8 @@ from pipelines.probe import Row, read_matrix, score
 
 POINTS = 40
 """Points of the online-loss curve."""
+RECALL_SLOTS = 1 << 17
+"""Contexts per length that recall holds."""
 
 
 @dataclass
@@ -31,8 +34,12 @@ class Trace:
     material: Material
     meter: Meter
     rows: List[Row] = field(default_factory=list)
-    online: List[Tuple[int, float, float]] = field(default_factory=list)
-    """Per scored batch: stream position in tokens, bits, bytes."""
+    recall: Optional[Recall] = None
+    """Reads beside the model, if only to say what that is worth. It hears all text, so only where all is stored."""
+    reads_with_recall: bool = False
+    """Whether the method itself reads so: then its online loss is that, and the index counts as stored."""
+    online: List[Tuple[int, float, float, float]] = field(default_factory=list)
+    """Per scored batch: stream position in tokens, bits of the weights alone, bits with recall, bytes."""
     stored_bytes: int = 0
     """Most bytes held at any time."""
     learner_flops: float = 0.0
@@ -47,28 +54,35 @@ class Trace:
         self.rows.append(Row(len(self.rows), tokens, found))
         return found
 
-    def saw(self, position: int, nll_BT: Tensor, bytes_B: np.ndarray) -> None:
-        """Note the loss of sequences of the stream before learning from them."""
-        nats = nll_BT.detach().double().sum().item()
-        if math.isfinite(nats):
-            self.online.append((position, nats / math.log(2), float(bytes_B.sum())))
+    def saw(self, position: int, tokens_BS: Tensor, logits_BTV: Tensor, nll_BT: Tensor, bytes_B: np.ndarray) -> None:
+        """Note the loss of sequences of the stream before learning from them; logits and loss are the model's."""
+        alone = nll_BT.detach().double().sum().item()
+        recalled = alone
+        if self.recall is not None and len(tokens_BS):
+            recalled = self.recall.read(tokens_BS, logits_BTV, nll_BT).sum().item()
+        if math.isfinite(alone):
+            self.online.append((position, alone / math.log(2), recalled / math.log(2), float(bytes_B.sum())))
 
     def holds(self, size: int) -> None:
-        """Note bytes held."""
-        self.stored_bytes = max(self.stored_bytes, size)
+        """Note bytes held, without recall's index."""
+        index = self.recall.bytes if self.recall is not None and self.reads_with_recall else 0
+        self.stored_bytes = max(self.stored_bytes, size + index)
 
     def result(self) -> Dict[str, Any]:
         """The figures of the trial, JSON-able, all in bits per byte."""
         material = self.material
         figures = read_matrix(self.rows, material.ends, material.sources, material.cfg.model.context)
         final = self.rows[-1].bpb
-        bits, size = sum(b for _, b, _ in self.online), sum(n for _, _, n in self.online)
+        alone, recalled, size = (sum(batch[i] for batch in self.online) for i in (1, 2, 3))
+        weights_bpb, recalled_bpb = (alone / size, recalled / size) if size else (None, None)
         return {
             "mean_final_bpb": figures["mean_final_bpb"],
             "forgetting": figures["forgetting"],
             "learning": figures["learning"],
             "base_bpb": float(np.mean([final[s] for s in material.base_sources])) if material.base_sources else None,
-            "online_bpb": bits / size if size else None,
+            "online_bpb": recalled_bpb if self.reads_with_recall else weights_bpb,
+            "weights_bpb": weights_bpb,
+            "recalled_bpb": recalled_bpb if self.recall is not None else None,
             "matrix": figures["matrix"],
             "sources": material.sources,
             "positions": [row.tokens for row in self.rows],
@@ -81,14 +95,25 @@ class Trace:
         }
 
     def curve(self) -> List[Tuple[int, float]]:
-        """Online loss along the stream in `POINTS` equal parts: (position in tokens, bits per byte)."""
+        """Online loss along the stream, as the method reads, in `POINTS` equal parts: (tokens, bits per byte)."""
         if not self.online:
             return []
-        position, bits, size = (np.array(column) for column in zip(*self.online, strict=True))
+        position, alone, recalled, size = (np.array(column) for column in zip(*self.online, strict=True))
+        bits = recalled if self.reads_with_recall else alone
         part = np.minimum(position * POINTS // max(1, self.material.stream_tokens), POINTS - 1).astype(int)
         sums = [np.bincount(part, weights=values, minlength=POINTS) for values in (bits, size)]
         width = self.material.stream_tokens / POINTS
         return [(int((i + 1) * width), float(b / n)) for i, (b, n) in enumerate(zip(*sums, strict=True)) if n]
+
+
+def fresh_recall(material: Material, capacity: float) -> Optional[Recall]:
+    """Recall that has heard the base's text; none where less than everything may be stored: its index is text too."""
+    if capacity < float("inf"):
+        return None
+    recall = Recall(RECALL_SLOTS)
+    if material.has_base:
+        recall.hear(material.base.tokens_NS)
+    return recall
 
 
 def fresh_model(

@@ -153,7 +153,7 @@ def test_the_last_boundarys_model_has_a_say_in_new_text_where_the_past_is_not_he
     with torch.no_grad():
         small.asleep.anchor.head.weight.mul_(2.0)
         guide_BTV = small.asleep.anchor(new_BS[:, :-1]).softmax(-1)
-    nll_BT = small._learn(new_BS)
+    _, nll_BT = small._learn(new_BS)
     found = [p.grad.clone() for p in small.model.parameters() if p.grad is not None]
     small.model.zero_grad(set_to_none=True)
     truth_BTV = torch.nn.functional.one_hot(new_BS[:, 1:], guide_BTV.size(-1))

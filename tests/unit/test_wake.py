@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nl_model.config import LevelConfig, OptimizerConfig
 from nl_model.model import NestedLM
+from nl_model.recall import Recall
 from nl_model.weights import load_into, load_tensors, parameters_of, save_tensors
 from pipelines.config import ComputeConfig, Config
 from pipelines.experience import ExperienceStore, Record, Snapshot
@@ -357,3 +358,30 @@ def test_the_same_stream_gives_the_same_learner(make_awake: MakeAwake, batches: 
         assert (a.bpb, a.surprise, a.written) == (b.bpb, b.surprise, b.written)
     assert same(one.state()[0], two.state()[0])
     assert same(weights(one.model), weights(two.model))
+
+
+def test_recall_is_read_beside_the_model_and_changes_nothing_else(
+    make_awake: MakeAwake, batches: List[List[Sequence]]
+) -> None:
+    plain, reading = make_awake(), make_awake()
+    reading.recall = Recall(1 << 12)
+    for batch in batches:
+        alone, both = plain.step(batch, forget), reading.step(batch, forget)
+        assert not alone.recalled and both.recalled.keys() == both.bpb.keys() == alone.bpb.keys()
+        assert both.bpb == alone.bpb and both.surprise == alone.surprise
+    assert same(weights(plain.model), weights(reading.model))
+    again = {source: value for batch in batches for source, value in reading.step(batch, forget).recalled.items()}
+    assert all(value < both.bpb[source] / 2 for source, value in again.items() if source in both.bpb)
+
+
+def test_recall_goes_on_from_a_state_and_the_text_that_was_heard(
+    make_awake: MakeAwake, batches: List[List[Sequence]]
+) -> None:
+    first, second = make_awake(), make_awake()
+    first.recall, second.recall = Recall(1 << 8), Recall(1 << 8)
+    for batch in batches[:10]:
+        first.step(batch, forget)
+    second.load_state(*first.state())
+    second.recall.hear(np.stack([s.tokens for batch in batches[:10] for s in batch]))
+    for batch in batches[10:14]:
+        assert first.step(batch, forget).recalled == second.step(batch, forget).recalled
