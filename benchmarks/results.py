@@ -36,6 +36,7 @@ CHAPTERS = {
     "compare-s5-sleep": "Little sleep",
     "transfer": "What a night moves into the slow levels",
     "cycles": "Cycle after cycle",
+    "cycles-mixed": "Cycle after cycle, all sources in each",
     "sleep": "Sleep on ranks",
     "gate": "The gate against planted candidates",
 }
