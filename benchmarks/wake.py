@@ -17,6 +17,7 @@ from benchmarks.tables import Spread, markdown_table
 from nl_model.flops import forward_flops, full_step_flops, wake_step_flops
 from nl_model.model import NestedLM
 from nl_model.optim.levelwise import build_optimizer
+from nl_model.recall import Recall
 from pipelines.config import Config
 from pipelines.control import plain_step
 from pipelines.experience import Record
@@ -35,6 +36,7 @@ LARGER = (
     "levels.slow.width=1024",
 )
 """The default configuration's proportions with about 13 times the parameters."""
+ALONE = "wake, no recall"
 WARM_UP = 4
 """Plain steps before the clock starts; they also bring the weights, neutral at first, to where gradients flow."""
 
@@ -61,7 +63,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class StepFigures:
-    """Costs of "plain", "wake" and "sleep" steps of one model."""
+    """Costs of "plain", "wake", "sleep" steps and of wake steps without recall (`ALONE`), of one model."""
 
     parameters: int
     learner_parameters: int
@@ -81,8 +83,9 @@ def default_configs() -> dict[str, Config]:
 def measure(repeats: int = 7, configs: Mapping[str, Config] | None = None) -> dict[str, StepFigures]:
     """Costs of the steps of every configuration: medians, least and most over interleaved repeats.
 
-    The wake step scores, builds the records, takes the gradient and writes what is due; its log is durable at once. The
-    sleep step is that of a pool of one rank without DeepSpeed: student, teacher and anchor. ValueError for repeats < 1.
+    The wake step scores, reads with recall as configured, builds the records, takes the gradient and writes what is
+    due; its log is durable at once, and its FLOPs are the model's alone. The sleep step is that of a pool of one rank
+    without DeepSpeed: student, teacher and anchor. ValueError for repeats < 1.
     """
     if repeats < 1:
         raise ValueError(f"repeats={repeats} must be at least 1")
@@ -108,7 +111,8 @@ def _measure(cfg: Config, repeats: int) -> StepFigures:
     weights = _warm_weights(cfg, vocabulary, batches)
     model = _model(cfg, vocabulary, weights)
     kinds = {"plain": _plain(cfg, model, batches)}
-    kinds["wake"] = _wake(cfg, _model(cfg, vocabulary, weights), batches)
+    kinds["wake"] = _wake(cfg, _model(cfg, vocabulary, weights), batches, cfg.wake.recall)
+    kinds[ALONE] = _wake(cfg, _model(cfg, vocabulary, weights), batches, 0)
     kinds["sleep"] = _sleep(cfg, [_model(cfg, vocabulary, weights) for _ in range(3)], batches)
     cpu: dict[str, list[float]] = {kind: [] for kind in kinds}
     wall: dict[str, list[float]] = {kind: [] for kind in kinds}
@@ -134,7 +138,7 @@ def flops_ratios(cfg: Config, vocab_size: int) -> dict[str, float]:
     guided = recent * bool(cfg.sleep.teacher) + (1 - recent) * bool(cfg.sleep.anchor)
     return {
         "plain": 1.0,
-        "wake": wake_step_flops(*shape) / full,
+        **dict.fromkeys(("wake", ALONE), wake_step_flops(*shape) / full),
         "sleep": (full + guided * forward_flops(*shape)) / full,
     }
 
@@ -171,8 +175,8 @@ def _plain(cfg: Config, model: NestedLM, batches: list[list[Sequence]]) -> Step:
     return lambda i: plain_step(model, optimizer, arrays[i % len(arrays)], cfg)
 
 
-def _wake(cfg: Config, model: NestedLM, batches: list[list[Sequence]]) -> Step:
-    awake = Awake(model, cfg.compute)
+def _wake(cfg: Config, model: NestedLM, batches: list[list[Sequence]], recall: int) -> Step:
+    awake = Awake(model, cfg.compute, Recall(recall) if recall else None)
     return lambda i: awake.step(batches[i % len(batches)], _durable_at_once)
 
 

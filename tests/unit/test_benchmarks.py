@@ -30,7 +30,7 @@ def test_wake_measures_every_kind_of_step() -> None:
     assert torch.get_num_threads() == threads
     assert (figures.step_tokens, figures.steps, figures.repeats) == (32, 2, 1)
     assert 0 < figures.learner_parameters < figures.parameters
-    assert set(figures.costs) == {"plain", "wake", "sleep"}
+    assert set(figures.costs) == {"plain", "wake", wake.ALONE, "sleep"}
     assert figures.costs["plain"].cpu_ratio == Spread(1.0, 1.0, 1.0)
     for cost in figures.costs.values():
         assert cost.cpu_ms.median > 0
