@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from nl_model.clock import LevelClock
+from nl_model.config import ordered_levels
+from nl_model.flops import wake_step_flops
 from nl_model.losses import token_nll
 from nl_model.model import NestedLM
 from nl_model.online import OnlineLevels
@@ -69,12 +71,12 @@ class CircadianTrainer:
         self.meter = Meter.of(cfg, material.vocab_size)
         recall = fresh_recall(material, capacity)
         self.trace = Trace(material, self.meter, recall=recall, reads_with_recall=night.recall and recall is not None)
-        owned = [n for n, level in cfg.levels.items() if level.owner == "learner" or night.wake == "all"]
-        self.levels = OnlineLevels(self.model, owned) if night.wake != "none" else None
+        owned = _written_awake(cfg, night)
+        self.levels = OnlineLevels(self.model, owned) if owned else None
         if self.levels is not None and night.wake == "all":
             periods = self.levels.clock.periods
             self.levels.clock = LevelClock(dict.fromkeys(periods, min(periods.values())))
-        self.wake_flops = {"learner": self.meter.wake, "all": self.meter.full, "none": self.meter.forward}[night.wake]
+        self.wake_flops = self._awake_flops(owned)
         held_out = sum(probe.tokens[:, 1:].size for probe in material.gate_probes.values())
         self.gated = night.gate and held_out <= GATE_SHARE * capacity
         self.held_out = held_out if self.gated and capacity < float("inf") else 0
@@ -91,6 +93,15 @@ class CircadianTrainer:
                 f"a store of {capacity:,.0f} bytes does not hold one sequence of {self.width - 1} beside the present "
                 "batch; use a larger regime or a smaller wake.batch"
             )
+
+    def _awake_flops(self, owned: List[str]) -> float:
+        """FLOPs per token of an awake step that writes these levels."""
+        if len(owned) == len(self.cfg.levels):
+            return self.meter.full
+        if not owned:
+            return self.meter.forward
+        sides = {n: replace(level, owner="learner" if n in owned else "pool") for n, level in self.cfg.levels.items()}
+        return wake_step_flops(self.cfg.model, sides, self.material.vocab_size)
 
     @staticmethod
     def awake_batch(cfg: Config, night: Night) -> int:
@@ -299,6 +310,12 @@ class CircadianTrainer:
             self.rejected += 1
             self.asleep.forget_moments()  # of a candidate that may have diverged
             _copy_weights(self.live, student)
+
+
+def _written_awake(cfg: Config, night: Night) -> List[str]:
+    """Names of the levels that are written awake."""
+    mine = [name for name in ordered_levels(cfg.levels) if cfg.levels[name].owner == "learner"]
+    return {"learner": mine, "fastest": mine[:1], "all": list(cfg.levels), "none": []}[night.wake]
 
 
 def _with_wake_batch(cfg: Config, batch: int) -> Config:

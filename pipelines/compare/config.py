@@ -41,7 +41,8 @@ class Night:
     """How Circadian spends its FLOPs: the settings that ablations change one at a time."""
 
     wake: str = "learner"
-    """Levels written awake: learner (the fast ones), all (every level at one frequency), none."""
+    """Levels written awake: learner (the fast ones), fastest (of these, so that there are two levels in all), none (so
+    that there is one), all (every level at one frequency)."""
     wake_lr: float = 0.5
     """Awake step sizes, in multiples of the levels' own."""
     wake_cycle: bool = True
@@ -118,7 +119,7 @@ class Night:
     """Where most of the past is held, replay first what was trained on the fewest times; else draw with replacement."""
 
     def __post_init__(self) -> None:
-        one_of("wake", self.wake, ("learner", "all", "none"))
+        one_of("wake", self.wake, ("learner", "fastest", "all", "none"))
         at_least("wake_lr", self.wake_lr, 0)
         at_least("wake_batch", self.wake_batch, 0)
         at_least("rounds", self.rounds, 1)
@@ -227,6 +228,7 @@ METHODS: Dict[str, Method] = {
     "one_frequency": _night(NIGHTS, wake="all"),
     "sleep_as_replay": _night(NIGHTS, online=True, bank=0.0),
     "circadian_no_wake": _night(wake="none"),
+    "circadian_two_levels": _night(wake="fastest"),
     "circadian_no_gate": _night(gate=False),
     "circadian_no_deep_sleep": _night(bank=0.0),
     "circadian_not_held": _night(lwf=0.0),

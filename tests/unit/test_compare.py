@@ -74,7 +74,13 @@ def test_only_train_and_valid_of_a_folder_are_read(folder: Path, material: Mater
 
 
 PARTS = ["circadian_dreams", "circadian_on_policy", "circadian_slots", "circadian_teacher", "circadian_anchor"]
-PARTS += ["circadian_nights", "circadian_no_wake", "circadian_no_deep_sleep", "circadian_all_handed_over"]
+PARTS += [
+    "circadian_nights",
+    "circadian_no_wake",
+    "circadian_two_levels",
+    "circadian_no_deep_sleep",
+    "circadian_all_handed_over",
+]
 
 
 @pytest.mark.parametrize("name", [*sorted(n for n in METHODS if not n.startswith("circadian_")), *PARTS])

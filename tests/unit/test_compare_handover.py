@@ -296,3 +296,16 @@ def test_lwf_has_no_guide_before_anything_was_learned(cfg: Config, tmp_path: Pat
     assert plain.teacher is None and plain.step_flops == 4 * 32 * plain.meter.full
     plain.run()
     assert plain.teacher is not None and plain.meter.total <= 2 * plain.meter.full * material.stream_tokens
+
+
+@pytest.mark.parametrize(("wake", "written"), [("learner", ["fast", "medium"]), ("fastest", ["fast"]), ("none", [])])
+def test_levels_written_awake_and_what_that_costs(
+    wake: str, written: List[str], material: Material, tmp_path: Path
+) -> None:
+    live = trainer(material, tmp_path, wake=wake)
+    assert (live.levels.names if live.levels else []) == written
+    full, forward = live.meter.full, live.meter.forward
+    # fast sits above medium in the last block: its own backward pass is shorter than both together
+    dearer = trainer(material, tmp_path, wake="learner").wake_flops
+    assert forward <= live.wake_flops <= dearer < full and (live.wake_flops == forward) == (not written)
+    assert (live.wake_flops == dearer) == (wake == "learner")
