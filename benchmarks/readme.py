@@ -127,7 +127,7 @@ def _online(kept: Mapping[str, Any]) -> list[str]:
     if kept.get("online_bpb") is None:
         return []
     recalled = f", {kept['recalled_bpb']:.3f} read together with recall" if kept.get("recalled_bpb") is not None else ""
-    return [f"Online, every batch before it is learned from: {kept['online_bpb']:.3f} bits per byte{recalled}."]
+    return [f"Online, every sequence before it is learned from: {kept['online_bpb']:.3f} bits per byte{recalled}."]
 
 
 def render_bench(results: str) -> str:

@@ -14,7 +14,7 @@ import ray
 from cluster.actors import configure_torch
 from cluster.releases import Releases, load_release, split
 from nl_model.model import NestedLM, resolve_device
-from nl_model.recall import Recall
+from nl_model.recall import ROWS, Recall
 from nl_model.weights import load_into, load_tensors, parameters_of, save_tensors
 from pipelines.config import Config
 from pipelines.experience import DREAM_KEY, Record, Snapshot
@@ -24,9 +24,8 @@ from pipelines.trigger import Cause, Trigger, relative_distance
 from pipelines.wake import Awake, StepReport
 
 KEPT_CHECKPOINTS = 2
-HEARD_AGAIN = 8
-"""Tokens per slot of recall that a start reads again, at most: what is older has mostly been overwritten."""
-ROWS_AT_ONCE = 256
+HEARD = 1 << 24
+"""Most tokens of the store that recall hears at a start; about a million a second."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +86,14 @@ class OnlineLearner:
         release = load_release(self.releases.directory(int(meta["release"])))
         load_into(model, split(release, "weight"))
         last_key = int(meta.get("last_key", -1))
-        recall = self._recall(last_key) if cfg.wake.recall else None
+        recall = Recall(cfg.wake.recall) if cfg.wake.recall else None
         self.awake = Awake(model, cfg.compute, recall)
         self.rest = parameters_of(model, "learner")
         self.trigger = Trigger(cfg.when, self.period, self.awake.levels.clock)
         if found:
             self.awake.load_state(tensors, meta)
+        if recall is not None and recall.is_empty:
+            self._hear(recall, last_key)
         if "trigger" in meta:
             self.trigger.load_state(meta["trigger"])
         cursor = Cursor.from_json(meta["cursor"]) if found else None
@@ -104,13 +105,15 @@ class OnlineLearner:
         self.last_end = time.perf_counter()
         return self._report(LearnerReport())
 
-    def _recall(self, last_key: int) -> Recall:
-        """Recall of what the store holds up to a key, the base first; only what its slots can still hold is heard."""
-        recall, snapshot = Recall(self.cfg.wake.recall), Snapshot.open(self.run_dir / "store")
-        rows = snapshot.rows_between(-DREAM_KEY, last_key)[-HEARD_AGAIN * recall.slots // self.cfg.model.context :]
-        for first in range(0, len(rows), ROWS_AT_ONCE):
-            recall.hear(snapshot.tokens(rows[first : first + ROWS_AT_ONCE]))
-        return recall
+    def _hear(self, recall: Recall, last_key: int) -> None:
+        """Let recall hear what the store holds up to a key, the base first.
+
+        For a start without a checkpoint, or with one whose recall is none or another: then no more than `HEARD` tokens.
+        """
+        snapshot = Snapshot.open(self.run_dir / "store")
+        rows = snapshot.rows_between(-DREAM_KEY, last_key)[-HEARD // self.cfg.model.context :]
+        for first in range(0, len(rows), ROWS):
+            recall.remember(snapshot.tokens(rows[first : first + ROWS]))
 
     def advance(self, max_steps: int, until: Optional[int] = None) -> LearnerReport:
         """Take up to `max_steps` wake steps; returns early where a round is due, at `until` tokens and at the end."""

@@ -10,7 +10,7 @@ import numpy as np
 from cluster.state import RunState
 from pipelines.config import Config
 from pipelines.dream_report import dream_summary
-from pipelines.events import Timeline, build_timeline, mean_of, read_events
+from pipelines.events import Timeline, build_timeline, read_events
 from pipelines.experience import DREAM_KEY, Snapshot
 from pipelines.probe import Row, read_matrix
 from pipelines.setting import Setting
@@ -49,10 +49,10 @@ def build_summary(cfg: Config, run_dir: Path, setting: Setting, state: RunState)
 
 
 def _online(run_dir: Path) -> Dict[str, Optional[float]]:
-    """Mean online loss over the stream, of the weights alone and read together with recall, as the journal has it."""
+    """Online loss of the stream, of the weights alone and read together with recall, as the journal has it."""
     journal = run_dir / "events.jsonl"
     timeline = build_timeline(read_events(journal)) if journal.exists() else Timeline()
-    return {"online_bpb": mean_of(timeline.bpb), "recalled_bpb": mean_of(timeline.recalled)}
+    return {"online_bpb": timeline.read.bpb, "recalled_bpb": timeline.read.recalled_bpb}
 
 
 def _control(state: RunState, sources: List[str], slack: int) -> Dict[str, Any] | None:

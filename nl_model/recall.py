@@ -23,8 +23,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nl_model.losses import token_nll
-
 LENGTHS = (1, 2, 3, 4, 6, 10, 16)
 """Tokens of context."""
 RUNS = 3
@@ -35,8 +33,12 @@ FIRST = 0.3
 """Every w at first."""
 RATE = 0.02
 """What one token moves its w by."""
+MOST_SLOTS = 1 << 32
+"""Slots that its hashes can tell apart."""
 LEAST, MOST = 1e-4, 1.0 - 1e-4
 """Bounds of every w: no token ever becomes impossible."""
+ROWS = 256
+"""Sequences that `remember` hears at a time: what it needs for them in between is a hundred times their text."""
 TOKEN_BITS, RUN_BITS = 24, 8
 """Of a slot's 64 bits; the others check that it is that context's."""
 
@@ -51,7 +53,8 @@ class Heard:
     tokens_BKT: Ints
     """The token that followed each context last time; 0 where there is none."""
     runs_BKT: Ints
-    """How often in a row, at most `RUNS`; 0: nothing is remembered."""
+    """How often in a row, at most `RUNS`; of a sequence in which the context stands more than once only its last time
+    counts. 0: nothing is remembered."""
 
 
 class Recall:
@@ -62,8 +65,9 @@ class Recall:
     """
 
     def __init__(self, slots: int) -> None:
-        if slots < 1 or slots & (slots - 1):
-            raise ValueError(f"recall of {slots} slots; use a power of two, such as {1 << max(1, slots.bit_length())}")
+        if not 1 <= slots <= MOST_SLOTS or slots & (slots - 1):
+            fitting = min(MOST_SLOTS, 1 << max(1, slots).bit_length() - 1)
+            raise ValueError(f"recall has {slots} slots; it takes a power of two up to {MOST_SLOTS}, such as {fitting}")
         self.slots = slots
         self.table_KN = np.zeros((len(LENGTHS), slots), np.int64)
         self.weights = np.full((len(LENGTHS), RUNS + 1, BINS), FIRST)
@@ -82,7 +86,8 @@ class Recall:
         """
         text_BS: Ints = sequences_BS.astype(np.int64)
         if text_BS.size and not 0 <= text_BS.min() <= text_BS.max() < 1 << TOKEN_BITS:
-            raise ValueError(f"recall holds tokens below {1 << TOKEN_BITS}, this text has {text_BS.max()}")
+            most = (1 << TOKEN_BITS) - 1
+            raise ValueError(f"recall holds tokens from 0 to {most}, this text has {text_BS.min()} to {text_BS.max()}")
         slots_BKT, checks_BKT = self._places(text_BS)
         tokens, runs = np.zeros_like(slots_BKT), np.zeros_like(slots_BKT)
         lengths_K1 = np.arange(len(LENGTHS))[:, None]
@@ -98,18 +103,26 @@ class Recall:
             self.table_KN[where_KT] = kept_KT[whole_KT]  # of equal places the last one stays
         return Heard(tokens, runs)
 
-    def read(self, sequences_BS: Tensor, logits_BTV: Tensor, nll_BT: Tensor) -> Tensor:
-        """Loss of sequences read together with recall, which hears them by that: float64 nats (B, T) on the CPU.
+    def remember(self, sequences_BS: npt.NDArray[np.integer]) -> None:
+        """Hear sequences, however many, without saying what was remembered before them."""
+        for first in range(0, len(sequences_BS), ROWS):
+            self.hear(sequences_BS[first : first + ROWS])
+
+    def read(self, sequences_BS: npt.NDArray[np.integer], logits_BTV: Tensor, nll_BT: Tensor) -> Floats:
+        """Loss of sequences read together with recall, which hears them by that: nats (B, T).
 
         Args:
-            logits_BTV: the model's.
+            logits_BTV: the model's, on its device; what is heard is looked up while that still computes.
             nll_BT: its loss.
         """
-        heard, targets_BT = self.hear(sequences_BS.cpu().numpy()), sequences_BS[:, 1:]
-        tokens_BKT = torch.from_numpy(heard.tokens_BKT).to(logits_BTV.device)
-        others_BKT = loss_of_remembered(logits_BTV.detach(), nll_BT.detach(), targets_BT, tokens_BKT)
+        heard, targets_BT = self.hear(sequences_BS), sequences_BS[:, 1:].astype(np.int64)
+        others_BKT = loss_of_remembered(
+            logits_BTV.detach(),
+            nll_BT.detach(),
+            *(torch.from_numpy(part).to(logits_BTV.device) for part in (targets_BT, heard.tokens_BKT)),
+        )
         own, others = (part.detach().double().cpu().numpy() for part in (nll_BT, others_BKT))
-        return torch.from_numpy(self.mix(heard, own, others, targets_BT.cpu().numpy()))
+        return self.mix(heard, own, others, targets_BT)
 
     def mix(self, heard: Heard, nll_BT: Floats, nll_BKT: Floats, targets_BT: Ints) -> Floats:
         """Loss of the targets when a model is read together with what was heard: nats (B, T).
@@ -167,14 +180,25 @@ class Recall:
         slots = (mixed_BKT >> np.uint64(32)) % np.uint64(self.slots)
         return slots.astype(np.int64), (mixed_BKT & np.uint64((1 << 31) - 1)).astype(np.int64)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is remembered."""
+        return not self.table_KN.any()
+
     def state(self) -> Dict[str, Tensor]:
-        """The weights, as tensors. What is remembered is not in it: it is heard again."""
-        return {"recall/weights": torch.from_numpy(self.weights.copy())}
+        """Weights and tables as tensors; the tables are the live ones: write or copy them before the next call."""
+        return {
+            "recall/weights": torch.from_numpy(self.weights.copy()),
+            "recall/table": torch.from_numpy(self.table_KN),
+        }
 
     def load_state(self, tensors: Dict[str, Tensor]) -> None:
-        """Take over what `state` returned; one without recall leaves the weights as they are."""
-        if "recall/weights" in tensors:
-            self.weights = tensors["recall/weights"].numpy().astype(float)
+        """Take over what `state` returned; what is not there, or of another shape, is left as it is."""
+        weights, table = (tensors.get(f"recall/{name}") for name in ("weights", "table"))
+        if weights is not None and weights.shape == self.weights.shape:
+            self.weights = weights.cpu().numpy().astype(float)
+        if table is not None and table.shape == self.table_KN.shape:
+            self.table_KN = table.cpu().numpy().copy()
 
 
 def _class_of(q: Floats) -> Ints:
@@ -192,10 +216,3 @@ def loss_of_remembered(logits_BTV: Tensor, nll_BT: Tensor, targets_BT: Tensor, t
     at_BT1 = logits_BTV.gather(-1, targets_BT[..., None]).float()
     others_BTK = logits_BTV.gather(-1, tokens_BKT.mT).float()
     return (nll_BT.float()[..., None] + at_BT1 - others_BTK).mT
-
-
-def score_with(model: torch.nn.Module, sequences_BS: Tensor, tokens_BKT: Tensor) -> Tuple[Tensor, Tensor]:
-    """A model's loss (B, T) of sequences, with its graph, and of what is remembered in its place (B, K, T), without."""
-    logits_BTV, targets_BT = model(sequences_BS[:, :-1]), sequences_BS[:, 1:]
-    nll_BT = token_nll(logits_BTV, targets_BT)
-    return nll_BT, loss_of_remembered(logits_BTV.detach(), nll_BT.detach(), targets_BT, tokens_BKT)

@@ -14,6 +14,7 @@ from pipelines.sleep_config import SleepConfig
 from pipelines.trigger_config import WhenConfig
 
 SCHEDULES = ("sequential", "mixed", "soft")
+MOST_RECALL = 1 << 30
 TOKENIZERS = ("byte", "bpe")
 
 
@@ -121,9 +122,10 @@ class WakeConfig:
     def __post_init__(self) -> None:
         at_least("wake.batch", self.batch, 1)
         at_least("wake.recall", self.recall, 0)
-        if self.recall & (self.recall - 1):
+        if self.recall > MOST_RECALL or self.recall & (self.recall - 1):
+            fitting = min(MOST_RECALL, 1 << self.recall.bit_length() - 1)
             raise ValueError(
-                f"wake.recall={self.recall} is no power of two; use {1 << self.recall.bit_length() - 1}, or 0 for none"
+                f"wake.recall={self.recall} is no power of two up to {MOST_RECALL}; use {fitting}, or 0 for none"
             )
         at_least("wake.checkpoint_every", self.checkpoint_every, 1)
 

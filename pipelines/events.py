@@ -122,6 +122,38 @@ class RoundSpan:
 
 
 @dataclass
+class OnlineLoss:
+    """Bits and bytes of what was read awake: of steps with recall, or of all where no step has it."""
+
+    bits: float = 0.0
+    recalled: Optional[float] = None
+    bytes: int = 0
+
+    def add(self, step: Event) -> None:
+        """Take in a wake step; one without a count of bytes, or without recall beside others with it, is left out."""
+        with_recall, sizes = step.get("recalled") or {}, step.get("bytes") or {}
+        if with_recall and self.recalled is None:
+            self.bits, self.recalled, self.bytes = 0.0, 0.0, 0
+        for source, size in sizes.items():
+            alone, recalled = (step.get("bpb") or {}).get(source), with_recall.get(source)
+            if alone is None or (recalled is None) != (self.recalled is None):
+                continue
+            self.bits, self.bytes = self.bits + alone * size, self.bytes + size
+            if recalled is not None and self.recalled is not None:
+                self.recalled += recalled * size
+
+    @property
+    def bpb(self) -> Optional[float]:
+        """Bits per byte of the weights alone."""
+        return self.bits / self.bytes if self.bytes else None
+
+    @property
+    def recalled_bpb(self) -> Optional[float]:
+        """Bits per byte of the same text read together with recall."""
+        return self.recalled / self.bytes if self.bytes and self.recalled is not None else None
+
+
+@dataclass
 class Timeline:
     """A journal as series to draw.
 
@@ -135,6 +167,7 @@ class Timeline:
     surprise: dict[str, list[Point]] = field(default_factory=dict)
     recalled: dict[str, list[Point]] = field(default_factory=dict)
     """Online loss with recall; empty where there is none."""
+    read: OnlineLoss = field(default_factory=OnlineLoss)
     writes: dict[str, list[int]] = field(default_factory=dict)
     adoptions: list[tuple[int, int]] = field(default_factory=list)
     """(stream position, release)"""
@@ -208,6 +241,7 @@ def _follow(span: RoundSpan, event: Event, now: float) -> None:
 def _spread(timeline: Timeline, steps: dict[int, Event]) -> None:
     for tokens in sorted(steps):
         step = steps[tokens]
+        timeline.read.add(step)
         for series, key in (
             (timeline.bpb, "bpb"),
             (timeline.surprise, "surprise"),
@@ -219,12 +253,6 @@ def _spread(timeline: Timeline, steps: dict[int, Event]) -> None:
         for level in step.get("written") or ():
             timeline.writes.setdefault(level, []).append(tokens)
     timeline.sources = list(dict.fromkeys([*timeline.sources, *timeline.bpb, *timeline.surprise]))
-
-
-def mean_of(series: Mapping[str, list[Point]]) -> Optional[float]:
-    """Mean over all points of all sources; None where there is none."""
-    values = [value for points in series.values() for _, value in points]
-    return math.fsum(values) / len(values) if values else None
 
 
 # Words that the plots, the report and the live view share.

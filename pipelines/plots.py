@@ -220,7 +220,15 @@ def _draw_sources(axes: Axes, timeline: Timeline, series: Mapping[str, Sequence[
         for part in np.split(np.arange(len(x)), np.flatnonzero(np.diff(x) > 12 * stride) + 1):
             kept = part[:: max(1, len(part) // MAX_TICKS)] if not thin else part[:0]
             axes.plot(x[kept], y[kept], color=colour, lw=0.7, alpha=0.3, marker="o" if len(part) == 1 else None, ms=3)
-            axes.plot(x[part], smooth(y[part], max(1, len(steps) // 120)), color=colour, ls=dash, lw=1 if thin else 2)
+            axes.plot(
+                x[part],
+                smooth(y[part], max(1, len(steps) // 120)),
+                color=colour,
+                ls=dash,
+                lw=1 if thin else 2,
+                marker="o" if thin and len(part) == 1 else None,
+                ms=2,
+            )
 
 
 def _source_legend(axes: Axes, timeline: Timeline, series: Mapping[str, Any]) -> None:

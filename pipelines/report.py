@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.table import Table
 
 from pipelines.dream_report import dream_section
-from pipelines.events import Timeline, build_timeline, describe_round, mean_of, read_events, short_number
+from pipelines.events import Timeline, build_timeline, describe_round, read_events, short_number
 from pipelines.gate_report import gate_rows
 from pipelines.plots import write_plots
 
@@ -168,10 +168,10 @@ def _facts(summary: Mapping[str, Any], timeline: Timeline) -> list[tuple[str, st
     facts.append((str(len(rounds)), f"consolidation rounds, {promoted} promoted"))
     if "lost" in experiences:
         facts.append((f"{experiences['lost']:,}", f"experiences lost, {experiences.get('committed', 0):,} committed"))
-    if (alone := mean_of(timeline.bpb)) is not None:
-        facts.append((bits(alone), "online bits per byte, weights alone"))
-    if (recalled := mean_of(timeline.recalled)) is not None:
-        facts.append((bits(recalled), "online bits per byte, read with recall"))
+    if timeline.read.bpb is not None:
+        facts.append((bits(timeline.read.bpb), "online bits per byte, weights alone"))
+    if timeline.read.recalled_bpb is not None:
+        facts.append((bits(timeline.read.recalled_bpb), "online bits per byte, read with recall"))
     if summary.get("system_overhead") is not None:
         facts.append((f"{summary['system_overhead']:.1%}", "system overhead"))
     if timeline.failures:

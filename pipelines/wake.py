@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from nl_model.config import ordered_levels
+from nl_model.losses import token_nll
 from nl_model.model import NestedLM, autocast
 from nl_model.online import OnlineLevels
-from nl_model.recall import Recall, score_with
+from nl_model.recall import Recall
 from nl_model.weights import load_into, parameters_of
 from pipelines.config import ComputeConfig
 from pipelines.experience import Record
@@ -44,6 +45,8 @@ class StepReport:
     """The same in nats per token."""
     recalled: Dict[str, float]
     """Online loss per source in bits per byte when the model is read together with recall; empty without recall."""
+    bytes: Dict[str, int]
+    """Bytes per source that these losses are of."""
     written: Tuple[str, ...]
     """Levels written at the end of the step."""
     quarantined: Tuple[Tuple[int, str, str], ...]
@@ -67,8 +70,7 @@ class Awake:
         self.device = next(model.parameters()).device
         self.precision = compute.precision
         self.levels = OnlineLevels(model, names)
-        self.nll = torch.compile(model.nll) if compute.compile else model.nll
-        self.score_with = torch.compile(score_with) if compute.compile else score_with
+        self.read = torch.compile(_read) if compute.compile else _read
         self.recall = recall
         self.offset: Dict[str, Tensor] = {n: torch.zeros_like(p) for n, p in parameters_of(model, "learner").items()}
         self.release = 0
@@ -76,11 +78,12 @@ class Awake:
     def step(self, batch: Sequence[StreamSequence], log: Log) -> StepReport:
         """Score the batch, start logging it, take its gradient, and write the levels that are due once it is durable.
 
-        Raises whatever `log` raises; no weight has changed then.
+        Raises whatever `log` raises; no weight has changed then, but recall has heard the batch: go on from a state.
         """
         start = time.perf_counter()
-        sequences_BS = torch.from_numpy(np.stack([s.tokens for s in batch]).astype(np.int64)).to(self.device)
-        nll_BT, recalled_B = self._score(sequences_BS)
+        tokens_BS = np.stack([s.tokens for s in batch]).astype(np.int64)
+        sequences_BS = torch.from_numpy(tokens_BS).to(self.device)
+        nll_BT, recalled_B = self._score(tokens_BS, sequences_BS)
         surprise_B = nll_BT.detach().mean(1).cpu()
         wait_until_durable = log(self._records(batch, surprise_B))
 
@@ -92,30 +95,24 @@ class Awake:
             if not finite.all():
                 # A zero gradient into a row that is not finite comes out of its backward pass as NaN for everyone.
                 with autocast(self.device, self.precision):
-                    nll_BT = self.nll(sequences_BS[finite.to(self.device)])
+                    _, nll_BT = self.read(self.model, sequences_BS[finite.to(self.device)])
             self.levels.observe(nll_BT)
         waited = -time.perf_counter()
         wait_until_durable()
         waited += time.perf_counter()
         written = self.levels.advance(sequences_BS[:, 1:].numel())
-        bpb, surprise = _by_source(batch, surprise_B.double(), nll_BT.size(1))
+        bpb, surprise, sizes = _by_source(batch, surprise_B.double(), nll_BT.size(1))
         recalled = {} if recalled_B is None else _by_source(batch, recalled_B, nll_BT.size(1))[0]
         seconds = time.perf_counter() - start
-        return StepReport(self.tokens, seconds, waited, bpb, surprise, recalled, written, quarantined)
+        return StepReport(self.tokens, seconds, waited, bpb, surprise, recalled, sizes, written, quarantined)
 
-    def _score(self, sequences_BS: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
+    def _score(self, tokens_BS: np.ndarray, sequences_BS: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
         """The model's loss (B, T) with its graph; and the mean loss of each sequence read together with recall (B,)."""
-        if self.recall is None:
-            with autocast(self.device, self.precision):
-                return self.nll(sequences_BS), None
-        tokens_BS = sequences_BS.cpu().numpy()
-        heard = self.recall.hear(tokens_BS)
         with autocast(self.device, self.precision):
-            nll_BT, others_BKT = self.score_with(
-                self.model, sequences_BS, torch.from_numpy(heard.tokens_BKT).to(self.device)
-            )
-        own, others = (part.detach().double().cpu().numpy() for part in (nll_BT, others_BKT))
-        return nll_BT, torch.from_numpy(self.recall.mix(heard, own, others, tokens_BS[:, 1:]).mean(1))
+            logits_BTV, nll_BT = self.read(self.model, sequences_BS)
+        if self.recall is None:
+            return nll_BT, None
+        return nll_BT, torch.from_numpy(self.recall.read(tokens_BS, logits_BTV, nll_BT).mean(1))
 
     @property
     def tokens(self) -> int:
@@ -165,10 +162,7 @@ class Awake:
         return {name: value - self.offset[name] for name, value in parameters_of(self.model, "learner").items()}
 
     def state(self) -> Tuple[Dict[str, Tensor], Dict[str, int]]:
-        """Everything but the slow weights: (tensors, counters). Exact to the bit, also in the middle of a period.
-
-        What recall remembers is not in it: it is heard again, from the store.
-        """
+        """Everything but the slow weights: (tensors, counters). Exact to the bit, also in the middle of a period."""
         tensors = {f"weight/{n}": t for n, t in parameters_of(self.model, "learner").items()}
         tensors.update({f"offset/{n}": t for n, t in self.offset.items()})
         tensors.update(self.levels.optimizers.state())
@@ -191,10 +185,16 @@ class Awake:
         self.levels.tokens, self.release = int(counters["tokens"]), int(counters["release"])
 
 
+def _read(model: NestedLM, sequences_BS: Tensor) -> Tuple[Tensor, Tensor]:
+    """Logits (B, T, V) and loss (B, T) of sequences."""
+    logits_BTV = model(sequences_BS[:, :-1])
+    return logits_BTV, token_nll(logits_BTV, sequences_BS[:, 1:])
+
+
 def _by_source(
     batch: Sequence[StreamSequence], surprise_B: Tensor, predicted: int
-) -> Tuple[Dict[str, float], Dict[str, float]]:
-    """Bits per byte and nats per token of each source in a batch."""
+) -> Tuple[Dict[str, float], Dict[str, float], Dict[str, int]]:
+    """Bits per byte and nats per token of each source in a batch, and its bytes."""
     nats: Dict[str, float] = defaultdict(float)
     bytes_: Dict[str, int] = defaultdict(int)
     count: Dict[str, int] = defaultdict(int)
@@ -204,4 +204,4 @@ def _by_source(
             bytes_[sequence.source] += sequence.bytes
             count[sequence.source] += predicted
     bpb = {source: nats[source] / math.log(2) / max(1, bytes_[source]) for source in nats}
-    return bpb, {source: nats[source] / count[source] for source in nats}
+    return bpb, {source: nats[source] / count[source] for source in nats}, dict(bytes_)

@@ -53,7 +53,8 @@ def online(found: Mapping[str, Any], regime: str) -> Figure:
         axes.plot(x, y, style, color=COLOURS[i % len(COLOURS)], label=name, lw=2.2 if name == "circadian" else 1.1)
     axes.set_xlabel("tokens of the stream")
     axes.set_ylabel("bits per byte, before learning")
-    axes.set_title(f"Online loss ({regime})", loc="left")
+    recalled = " (circadian with recall)" if found.get("recalled_bpb") else ""
+    axes.set_title(f"Online loss, as each method reads{recalled}, {regime}", loc="left")
     axes.legend(fontsize=8, ncols=2)
     axes.grid(alpha=0.3)
     return figure

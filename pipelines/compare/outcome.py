@@ -104,10 +104,10 @@ def page(outcome: Mapping[str, Any]) -> str:
 
 
 RECALL = (
-    "Online: loss of every batch before it is learned from, as the method reads. Where the whole history is stored, "
+    "Online: loss of every sequence before it is learned from, as the method reads. Where the whole history is stored, "
     f"{OURS} and its ablations (not those on circadian_nights) read together with recall, which says what followed the "
-    "same words last time; its index counts as stored. Beside it, for every method alike: the loss of the weights "
-    "alone, and with recall."
+    "same words last time, the sequence before in the same batch included; its index counts as stored. Beside it, for "
+    "every method alike: the loss of the weights alone, and with recall."
 )
 
 

@@ -49,6 +49,6 @@ def _slope(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def columns(results: Mapping[str, List[Mapping[str, float]]], key: str) -> Dict[str, List[float]]:
-    """One figure of every trial by method; methods that lack it are left out."""
-    found = {name: [r[key] for r in trials if r.get(key) is not None] for name, trials in results.items()}
-    return {name: values for name, values in found.items() if values}
+    """One figure of every trial by method; methods of which a trial lacks it are left out."""
+    found = {name: [r.get(key) for r in trials] for name, trials in results.items()}
+    return {name: list(values) for name, values in found.items() if values and None not in values}  # type: ignore[arg-type]

@@ -35,7 +35,7 @@ class Trace:
     meter: Meter
     rows: List[Row] = field(default_factory=list)
     recall: Optional[Recall] = None
-    """Reads beside the model, if only to say what that is worth. It hears all text, so only where all is stored."""
+    """Reads beside the model, if only to say what that is worth. It hears all that is read: where that is stored."""
     reads_with_recall: bool = False
     """Whether the method itself reads so: then its online loss is that, and the index counts as stored."""
     online: List[Tuple[int, float, float, float]] = field(default_factory=list)
@@ -59,7 +59,7 @@ class Trace:
         alone = nll_BT.detach().double().sum().item()
         recalled = alone
         if self.recall is not None and len(tokens_BS):
-            recalled = self.recall.read(tokens_BS, logits_BTV, nll_BT).sum().item()
+            recalled = float(self.recall.read(tokens_BS.cpu().numpy(), logits_BTV, nll_BT).sum())
         if math.isfinite(alone):
             self.online.append((position, alone / math.log(2), recalled / math.log(2), float(bytes_B.sum())))
 
@@ -112,7 +112,7 @@ def fresh_recall(material: Material, capacity: float) -> Optional[Recall]:
         return None
     recall = Recall(RECALL_SLOTS)
     if material.has_base:
-        recall.hear(material.base.tokens_NS)
+        recall.remember(material.base.tokens_NS)
     return recall
 
 

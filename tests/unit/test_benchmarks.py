@@ -286,6 +286,15 @@ def test_the_table_of_a_run(tmp_path: Path) -> None:
         assert part in text
 
 
+def test_online_loss_of_a_run_with_recall_and_without(tmp_path: Path) -> None:
+    kept = readme.keep(make_run(tmp_path / "run"))
+    assert "Online" not in readme.render_results(kept)
+    alone = readme.render_results({**kept, "online_bpb": 3.4567, "recalled_bpb": None})
+    assert "before it is learned from: 3.457 bits per byte." in alone
+    both = readme.render_results({**kept, "online_bpb": 3.4567, "recalled_bpb": 2.3456})
+    assert "before it is learned from: 3.457 bits per byte, 2.346 read together with recall." in both
+
+
 def test_a_run_without_a_control_has_a_table_too(tmp_path: Path) -> None:
     text = readme.render_results(readme.keep(make_run(tmp_path / "run", control=None)))
     assert "| Mean final bits per byte | 2.800 | \N{EN DASH} |" in text and "step size" not in text

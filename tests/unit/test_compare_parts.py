@@ -18,7 +18,7 @@ from pipelines.compare.names import lr_of, method_of, names
 from pipelines.compare.options import Options
 from pipelines.compare.plain import _fitting_top, _new_counts, _visits
 from pipelines.compare.pulls import keep_top, top_divergence
-from pipelines.compare.statistics import gap_closed, interval, paired, slope
+from pipelines.compare.statistics import columns, gap_closed, interval, paired, slope
 from pipelines.probe import Row, read_matrix
 
 REQUIRED = {"circadian", "naive", "joint", "replay_5", "replay_25", "replay_50", "replay_tuned", "der", "ewc", "lwf"}
@@ -222,3 +222,8 @@ def test_a_matrix_without_a_base_has_no_forgetting_of_it() -> None:
     rows_ = [Row(0, 0, {"a": 8.0, "b": 8.0}), Row(1, 10, {"a": 3.0, "b": 7.0}), Row(2, 20, {"a": 4.0, "b": 3.0})]
     figures = read_matrix(rows_, {"a": 10, "b": 20}, ["a", "b"], 0)
     assert figures["forgetting"] == pytest.approx(1.0) and figures["learning"] == pytest.approx(3.0)
+
+
+def test_a_figure_that_a_trial_lacks_is_no_column() -> None:
+    trials = {"a": [{"x": 1.0}, {"x": 2.0}], "b": [{"x": 1.0}, {}], "c": [{"x": None}], "d": []}
+    assert columns(trials, "x") == {"a": [1.0, 2.0]}

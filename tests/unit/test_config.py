@@ -131,6 +131,15 @@ def test_files_that_are_no_configuration(write: Callable[[str], str], text: str,
         load_config(write(text))
 
 
+@pytest.mark.parametrize(("value", "fitting"), [("1000", "512"), ("3", "2"), (str(1 << 31), str(1 << 30))])
+def test_recall_is_a_power_of_two_or_nothing(value: str, fitting: str) -> None:
+    assert load_config("default", ["wake.recall=0"]).wake.recall == 0
+    with pytest.raises(
+        ValueError, match=rf"wake\.recall={value} is no power of two up to 1073741824; use {fitting}, or 0"
+    ):
+        load_config("default", [f"wake.recall={value}"])
+
+
 @pytest.mark.parametrize("override", ["run.name", "=3", "--help"])
 def test_overrides_have_the_form_key_value(override: str) -> None:
     with pytest.raises(ValueError, match=f"override '{override}' is not of the form key=value"):

@@ -104,3 +104,32 @@ def test_timeline_counts_replayed_steps_once_and_leaves_out_pauses() -> None:
 def test_timeline_of_nothing_is_empty() -> None:
     timeline = build_timeline([])
     assert timeline.bpb == {} and timeline.rounds == [] and timeline.seconds == 0.0
+
+
+def step(tokens: int, bpb: dict[str, float], size: dict[str, int], recalled: dict[str, float]) -> dict[str, object]:
+    return {"tokens": tokens, "bpb": bpb, "bytes": size, "recalled": recalled, "surprise": {}, "written": []}
+
+
+def journal(*steps: dict[str, object]) -> list[dict[str, object]]:
+    return [{"t": float(i), "event": "wake", "tokens": one["tokens"], "steps": [one]} for i, one in enumerate(steps)]
+
+
+def test_online_loss_is_bits_over_bytes() -> None:
+    one = step(10, {"a": 2.0, "b": 6.0}, {"a": 700, "b": 100}, {"a": 1.0, "b": 5.0})
+    found = build_timeline(journal(one, step(20, {"a": 4.0}, {"a": 800}, {"a": 1.0}))).read
+    assert found.bpb == pytest.approx((1400 + 600 + 3200) / 1600)
+    assert found.recalled_bpb == pytest.approx((700 + 500 + 800) / 1600)
+    again = build_timeline(journal(one, one)).read  # replayed after a restart
+    assert again.bytes == 800
+
+
+def test_online_loss_with_and_without_recall_is_of_the_same_text() -> None:
+    before = step(10, {"a": 5.0}, {"a": 100}, {})
+    both = build_timeline(journal(before, step(20, {"a": 3.0}, {"a": 100}, {"a": 2.0}))).read
+    assert (both.bpb, both.recalled_bpb, both.bytes) == (3.0, 2.0, 100)
+    off = build_timeline(journal(step(20, {"a": 3.0}, {"a": 100}, {"a": 2.0}), step(30, {"a": 9.0}, {"a": 9}, {}))).read
+    assert (off.bpb, off.recalled_bpb) == (3.0, 2.0)
+    alone = build_timeline(journal(before)).read
+    assert (alone.bpb, alone.recalled_bpb) == (5.0, None)
+    old = {key: value for key, value in before.items() if key != "bytes"}  # of a version that did not count bytes
+    assert build_timeline(journal(old)).read.bpb is None and build_timeline([]).read.recalled_bpb is None

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from cluster.forecast import activation_bytes, check, estimate, forecast, level_sizes, peak_bytes, processes
 from nl_model.model import NestedLM
+from nl_model.recall import Recall
 from pipelines.config import Config
 from pipelines.load_config import load_config
 
@@ -83,6 +84,12 @@ def test_sgd_keeps_half_of_what_adamw_keeps() -> None:
     assert sgd["control"] == adamw["control"]
 
 
+@pytest.mark.parametrize("slots", [0, 1, 4096])
+def test_recall_is_counted(slots: int) -> None:
+    found = estimate(config(f"wake.recall={slots}"), VOCAB)["learner"]["recall"]
+    assert found == (Recall(slots).bytes if slots else 0)
+
+
 def test_the_peak_is_the_fuller_of_the_two_phases() -> None:
     cfg = config("control.learning_rates=[1e-3,2e-3,3e-3]", "pool.ranks=4")
     found, counts = estimate(cfg, VOCAB), processes(cfg)
@@ -103,6 +110,7 @@ def test_the_peak_is_the_fuller_of_the_two_phases() -> None:
             "wake.batch",
         ),
         (["sleep.batch=65536", "control.enabled=false"], "pool rank", "activations", "pool.micro_batch"),
+        (["wake.recall=1073741824"], "learner", "recall", "wake.recall"),
         (["ray.object_store_mb=9000"], "ray", "object store", "ray.object_store_mb"),
     ],
 )

@@ -161,3 +161,16 @@ def test_a_level_lights_up_when_written_and_goes_dark_again() -> None:
     assert lit(state)
     state.update({"t": 60.0, "event": "round_queued", "round": 1})
     assert not lit(state)
+
+
+def test_recall_has_a_column_where_there_is_recall() -> None:
+    def shown(events: list[Event]) -> str:
+        console = Console(file=io.StringIO(), width=120)
+        console.print(render(follow(events), "night-1"))
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue()
+
+    event = wake(2.0, 163_840)
+    assert "with recall" not in shown([START, event])
+    event["steps"][0]["recalled"] = {"cpp": 1.87}
+    assert "with recall" in shown([START, event]) and "1.87" in shown([START, event])

@@ -15,7 +15,16 @@ from rich.console import Console
 
 from pipelines.events import Event, Timeline, build_timeline, describe_round, short_number
 from pipelines.plots import level_writes, matrix, rounds, save, smooth, write_plots
-from pipelines.report import duration, flop, headline, read_summary, render_summary_table, source_lines, write_report
+from pipelines.report import (
+    bits,
+    duration,
+    flop,
+    headline,
+    read_summary,
+    render_summary_table,
+    source_lines,
+    write_report,
+)
 
 BASE = ["english", "markdown"]
 STREAM = ["python", "cpp", "german", "latex"]
@@ -317,3 +326,18 @@ def test_the_gates_figures_stand_in_the_page(tmp_path: Path) -> None:
     assert row["awake"] == row["divergence"] == "\N{EN DASH}"
     (tmp_path / "summary.json").write_text(json.dumps({"rounds": rounds}))
     assert "cpp +0.300 (+0.200 .. +0.400)" in write_report(tmp_path).read_text()
+
+
+def test_recall_is_shown_where_there_is_recall(tmp_path: Path) -> None:
+    events = make_events(16)
+    plain = write_report(make_run(tmp_path / "plain", events, make_summary())).read_text()
+    assert "read with recall" not in plain
+    for event in events:
+        for one in event["steps"] if event["event"] == "wake" else ():
+            one |= {"bytes": dict.fromkeys(one["bpb"], STEP), "recalled": {s: v / 2 for s, v in one["bpb"].items()}}
+    page = write_report(make_run(tmp_path / "recall", events, make_summary())).read_text()
+    read = build_timeline(events).read
+    assert read.bpb is not None and read.recalled_bpb == pytest.approx(read.bpb / 2)
+    for figure, words in ((read.bpb, "weights alone"), (read.recalled_bpb, "read with recall")):
+        assert f"<b>{bits(figure)}</b><span>online bits per byte, {words}</span>" in page
+    assert (tmp_path / "plain/online_loss.png").read_bytes() != (tmp_path / "recall/online_loss.png").read_bytes()
