@@ -37,6 +37,8 @@ ELSEWHERE = {
 """Comparisons on other streams, by file name, and what they stream."""
 PRINCIPAL = ("circadian", "replay_tuned", "replay_50", "naive")
 """Methods shown of them."""
+READERS = ("circadian", "mer", "replay_50", "replay_tuned", "one_frequency", "naive")
+"""Methods whose online loss is shown."""
 LEFT_OUT = ("stream_cursor", "quarantined")
 """Keys of summary.json that are long, or name files of the machine the run was made on."""
 PHASES = ("base", "stream", "control")
@@ -202,6 +204,30 @@ def render_elsewhere(*outcomes: Mapping[str, Any]) -> str:
     return "\n".join([table, "", *commands])
 
 
+def render_online(*outcomes: Mapping[str, Any]) -> str:
+    """Markdown: online loss of Circadian and of who reads best, by the weights alone and together with recall.
+
+    Args:
+        outcomes: what `circadian compare --out` wrote with the whole history stored; without readings: left out.
+    """
+    read = [(o["stream"], o["regimes"]["whole"]) for o in outcomes if o["regimes"]["whole"].get("recalled_bpb")]
+    names = [name for name in READERS if all(name in found["recalled_bpb"] for _, found in read)]
+    head, rows = ["online bits per byte"], [[f"`{name}`"] for name in names]
+    for streamed, found in read:
+        stream = "soft shift" if streamed["schedule"] == "soft" else ", ".join(streamed["sources"])
+        head += [f"{stream}, weights alone", f"{stream}, with recall"]
+        for row, name in zip(rows, names, strict=True):
+            row += [_bold(found, name, key) for key in ("weights_bpb", "recalled_bpb")]
+    made = "\n".join(f"* `{o['command']}`" for o in outcomes if o["regimes"]["whole"].get("recalled_bpb"))
+    return f"{markdown_table(head, rows)}\n\nBold: as the method reads. Made by\n{made}"
+
+
+def _bold(found: Mapping[str, Any], name: str, reading: str) -> str:
+    """A method's online loss, bold where that is how it reads."""
+    text = f"{found[reading][name]:.3f}"
+    return f"**{text}**" if found[reading][name] == found["online_bpb"][name] else text
+
+
 def _lead(found: Mapping[str, Any], name: str) -> str:
     """A method's figure, and how far Circadian is below it."""
     if name not in found["mean_final_bpb"]:
@@ -215,6 +241,7 @@ def _lead(found: Mapping[str, Any], name: str) -> str:
 BLOCKS: dict[str, tuple[tuple[Path, ...], Callable[..., str]]] = {
     "model": ((MODEL,), render_model),
     "compare": (COMPARISONS, render_comparison),
+    "online": ((KEPT.with_name("compare-tshift.json"), KEPT.with_name("compare-s5.json")), render_online),
     "elsewhere": (tuple(KEPT.with_name(f"{name}.json") for name in ELSEWHERE), render_elsewhere),
 }
 """Tables of README.md that come from kept figures, by marker; left as they are where none of the files is there."""

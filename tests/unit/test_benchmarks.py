@@ -330,6 +330,17 @@ def test_other_streams_have_a_line_each_whatever_methods_they_were_run_with() ->
     assert f"* the same texts, without a base: `{outcome['command']}`" in text
 
 
+def test_online_loss_by_reading_bold_as_a_method_reads() -> None:
+    weights, recalled = {"circadian": 2.5, "mer": 2.4, "lora": 2.6}, {"circadian": 2.0, "mer": 1.9, "lora": 2.1}
+    found = {"weights_bpb": weights, "recalled_bpb": recalled, "online_bpb": {**weights, "circadian": 2.0}}
+    soft = {"stream": {"schedule": "soft"}, "command": "circadian compare", "regimes": {"whole": found}}
+    old = {**soft, "regimes": {"whole": {"online_bpb": weights}}}
+    text = readme.render_online(old, soft)
+    assert "| online bits per byte | soft shift, weights alone | soft shift, with recall |" in text
+    assert "| `circadian` | 2.500 | **2.000** |\n| `mer` | **2.400** | 1.900 |" in text and "lora" not in text
+    assert text.count("`circadian compare`") == 1
+
+
 def test_writing_makes_the_readme_up_to_date_and_every_change_shows(tmp_path: Path) -> None:
     page, kept, bench = tmp_path / "README.md", tmp_path / "results" / "kept.json", tmp_path / "RESULTS.md"
     page.write_text(README)
