@@ -183,8 +183,9 @@ def render_comparison(*outcomes: Mapping[str, Any]) -> str:
         for o in outcomes
     )
     return (
-        f"{table}\n\nMeans at equal FLOPs and stored bytes, of the weights alone (recall changes the online loss only); "
-        f"learning, forgetting, online loss and plots: benchmarks/results/compare-s5.md and the pages beside it.\n{made}"
+        f"{table}\n\nMeans at equal FLOPs and stored bytes, of the weights alone (recall changes only the online "
+        f"loss); learning, forgetting, online loss and plots: benchmarks/results/compare-s5.md and the pages beside it."
+        f"\n{made}"
     )
 
 
