@@ -343,6 +343,7 @@ class Coordinator:
             except (RayError, GetTimeoutError) as error:
                 self._learner_failed(error)
         self.state.save(self.run_dir)
+        self.ledger.unpin(self.state.tokens)
         ray.kill(self.learner)
         self.learner = None
         self.runner.group.kill()

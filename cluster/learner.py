@@ -13,6 +13,7 @@ import ray
 
 from cluster.actors import configure_torch
 from cluster.releases import Releases, load_release, split
+from cluster.state import PINNED
 from nl_model.model import NestedLM, resolve_device
 from nl_model.recall import ROWS, Recall
 from nl_model.weights import load_into, load_tensors, parameters_of, save_tensors
@@ -197,7 +198,7 @@ class OnlineLearner:
 
     def _mark(self, cause: Cause) -> Mark:
         """What is written once stays: a round may read it by now, and an adoption since then rounds it otherwise."""
-        file = f"checkpoints/fast-{self.awake.tokens:015d}-{self.awake.release}.safetensors"
+        file = f"checkpoints/{PINNED}{self.awake.tokens:015d}-{self.awake.release}.safetensors"
         if not (self.run_dir / file).exists():
             save_tensors(self.run_dir / file, self.awake.unshifted(), {"tokens": self.awake.tokens})
         return Mark(self.awake.tokens, self.version, self.last_key, file, cause.to_json())

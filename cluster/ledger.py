@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence
 
 from cluster.releases import Release, Releases
-from cluster.state import RunState
+from cluster.state import PINNED, RunState
 from pipelines.audit import FILE, AuditLog, Chain
 from pipelines.config import Config
 from pipelines.replan import Adjustment, adjustment
@@ -108,8 +108,19 @@ class Ledger:
         )
         self._change_plan(record["id"], before, chain)
         self._save(chain)
+        self.unpin(record["tokens"])
         if self.tracking is not None:
             self.tracking.finish_round(record, self.releases)
+
+    def unpin(self, tokens: int) -> None:
+        """Remove the fast weights that marks up to a stream position pinned, unless a round in the queue reads them.
+
+        A learner that replays may write some anew; nobody reads them, and the next decision removes them.
+        """
+        waiting = {Path(mark["fast"]).name for mark in self.state.queue}
+        for path in (self.run_dir / "checkpoints").glob(f"{PINNED}*.safetensors"):
+            if path.name not in waiting and int(path.name.removeprefix(PINNED).partition("-")[0]) <= tokens:
+                path.unlink(missing_ok=True)
 
     def restored(self, release: Release) -> None:
         """Enter a rollback; its release is published already."""

@@ -12,6 +12,8 @@ from nl_model.weights import write_durably
 from pipelines.probe import Row
 
 FILE = "checkpoints/coordinator.json"
+PINNED = "fast-"
+"""How files of fast weights begin that a mark pins; their stream position in tokens follows."""
 
 
 class Phase(StrEnum):

@@ -79,6 +79,16 @@ class Story:
             told = self.releases.read(live + 1).record
         ledger.settle(told)
 
+    def pin(self, tokens: int, queued: bool) -> Path:
+        """Fast weights that a mark pins, with or without a round in the queue that is to read them."""
+        path = self.run_dir / "checkpoints" / f"fast-{tokens:015d}-0.safetensors"
+        path.write_bytes(b"weights")
+        if queued:
+            state = RunState.load(self.run_dir)
+            state.queue.append({"tokens": tokens, "fast": f"checkpoints/{path.name}"})
+            state.save(self.run_dir)
+        return path
+
     def kinds(self) -> List[str]:
         return [entry["kind"] for entry in read_audit(self.run_dir / FILE)]
 
@@ -204,3 +214,16 @@ def test_two_rejections_change_the_plan_and_a_promotion_undoes_it(story: Story) 
     story.round(True)
     assert story.kinds()[-5:] == ["rejection", "rejection", "plan_change", "promotion", "plan_change"]
     assert story.ledger().adjustment().lr_scale == 1.0 and verify_audit(story.run_dir).ok
+
+
+@pytest.mark.parametrize("promoted", (True, False))
+def test_pinned_weights_go_when_their_round_is_decided(story: Story, promoted: bool) -> None:
+    decided, merged, crashed = story.pin(64 * 4, True), story.pin(64 * 3 + 32, False), story.pin(64 * 2, False)
+    waiting, not_queued_yet = story.pin(64 * 5, True), story.pin(64 * 6, False)
+    learner = story.run_dir / "checkpoints" / f"learner-{64:015d}.safetensors"
+    learner.write_bytes(b"a checkpoint")
+    story.round(promoted)
+    assert [path.exists() for path in (decided, merged, crashed)] == [False, False, False]
+    assert [path.exists() for path in (waiting, not_queued_yet, learner)] == [True, True, True]
+    story.round(promoted)
+    assert (waiting.exists(), not_queued_yet.exists()) == (False, True)
