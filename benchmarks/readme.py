@@ -26,7 +26,7 @@ from pipelines.report import Line, duration, headline, read_summary, source_line
 README = Path(__file__).resolve().parents[1] / "README.md"
 KEPT = Path(__file__).parent / "results" / "default-run.json"
 MODEL = KEPT.with_name("model.json")
-COMPARISONS = tuple(KEPT.with_name(f"compare-s5{regime}.json") for regime in ("", "-cap5", "-cap1"))
+COMPARISONS = tuple(KEPT.with_name(f"compare-s5{regime}.json") for regime in ("", "-cap5", "-cap1", "-small"))
 ELSEWHERE = {
     "compare-tshift": "Python's PEPs by year, softly mixed",
     "compare-s5-order3": "the same texts, a third order",
@@ -170,9 +170,13 @@ def render_comparison(*outcomes: Mapping[str, Any]) -> str:
     """Markdown: Circadian's lead over every method, by regime, from what `circadian compare --out` wrote.
 
     Args:
-        outcomes: of one stream, in different regimes; the first one's figures order the methods.
+        outcomes: of one stream; the first one's figures order the methods. Methods of a regime may be in several of
+            them, held against the same trials of Circadian. ValueError where these differ.
     """
-    regimes = {name: found for outcome in outcomes for name, found in outcome["regimes"].items()}
+    regimes: dict[str, dict[str, Any]] = {}
+    for outcome in outcomes:
+        for name, found in outcome["regimes"].items():
+            regimes[name] = _together(regimes[name], found) if name in regimes else found
     finals = [found["mean_final_bpb"] for found in regimes.values()]
     names = list(dict.fromkeys(name for final in finals for name in sorted(final, key=lambda n: final[n])))
     rows = [[f"`{name}`", *(_lead(found, name) for found in regimes.values())] for name in names]
@@ -187,6 +191,19 @@ def render_comparison(*outcomes: Mapping[str, Any]) -> str:
         f"loss); learning, forgetting, online loss and plots: benchmarks/results/compare-s5.md and the pages beside it."
         f"\n{made}"
     )
+
+
+def _together(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Final means of two comparisons in one regime, and Circadian's lead in each."""
+    finals, more = one["mean_final_bpb"], other["mean_final_bpb"]
+    for name in finals.keys() & more.keys():
+        if finals[name] != more[name]:
+            raise ValueError(
+                f"{name} ends at {finals[name]} in one comparison and at {more[name]} in another of the same regime; "
+                "make both anew with one state of the code"
+            )
+    leads = {**other["against"]["mean_final_bpb"], **one["against"]["mean_final_bpb"]}
+    return {"mean_final_bpb": {**more, **finals}, "against": {"mean_final_bpb": leads}}
 
 
 def render_elsewhere(*outcomes: Mapping[str, Any]) -> str:

@@ -317,6 +317,24 @@ def test_only_what_lies_between_the_markers_changes() -> None:
             readme.fill(broken, "x", "new")
 
 
+def test_comparisons_of_one_regime_share_a_column_if_they_agree() -> None:
+    lead = {"mean": -0.25, "low": -0.5, "high": -0.125}
+
+    def outcome(ours: float, opponent: str) -> dict[str, Any]:
+        found = {
+            "mean_final_bpb": {"circadian": ours, opponent: ours + 0.25},
+            "against": {"mean_final_bpb": {opponent: lead}},
+        }
+        return {"command": opponent, "seeds": [1], "orders": ["A"], "regimes": {"cap5": found}}
+
+    text = readme.render_comparison(outcome(2.0, "mer"), outcome(2.0, "ewc"))
+    assert "| `circadian` | **2.000** |" in text
+    assert "| `mer` | 2.250 (+0.250, +0.125 .. +0.500) |" in text
+    assert "| `ewc` | 2.250 (+0.250, +0.125 .. +0.500) |" in text
+    with pytest.raises(ValueError, match=r"circadian ends at 2\.0 in one comparison and at 2\.5"):
+        readme.render_comparison(outcome(2.0, "mer"), outcome(2.5, "ewc"))
+
+
 def test_other_streams_have_a_line_each_whatever_methods_they_were_run_with() -> None:
     lead = {"replay_50": {"mean": -0.25, "low": -0.5, "high": -0.125}}
     found = {"mean_final_bpb": {"circadian": 2.0, "replay_50": 2.25}, "against": {"mean_final_bpb": lead}}
