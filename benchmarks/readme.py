@@ -187,9 +187,9 @@ def render_comparison(*outcomes: Mapping[str, Any]) -> str:
         for o in outcomes
     )
     return (
-        f"{table}\n\nMeans at equal FLOPs and stored bytes, of the weights alone (recall changes only the online "
-        f"loss); learning, forgetting, online loss and plots: benchmarks/results/compare-s5.md and the pages beside it."
-        f"\n{made}"
+        f"{table}\n\nMeans at equal FLOPs and one bound on stored text, of the weights alone (recall changes only "
+        f"the online loss); learning, forgetting, online loss and plots: benchmarks/results/compare-s5.md and the pages "
+        f"beside it.\n{made}"
     )
 
 
@@ -253,7 +253,8 @@ def _lead(found: Mapping[str, Any], name: str) -> str:
     value, lead = found["mean_final_bpb"][name], found.get("against", {}).get("mean_final_bpb", {}).get(name)
     if lead is None:
         return f"**{value:.3f}**"
-    return f"{value:.3f} ({-lead['mean']:+.3f}, {-lead['high']:+.3f} .. {-lead['low']:+.3f})"
+    interval = "" if lead["high"] == lead["low"] else f", {-lead['high']:+.3f} .. {-lead['low']:+.3f}"
+    return f"{value:.3f} ({-lead['mean']:+.3f}{interval})"
 
 
 BLOCKS: dict[str, tuple[tuple[Path, ...], Callable[..., str]]] = {

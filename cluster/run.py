@@ -149,7 +149,7 @@ def _drive(
         tracking.finish("FINISHED", artifacts, cfg.failures.call_timeout)
     except (Stopped, SystemExit):  # the latter from the handler that Ray has in place while it starts
         leave()
-    except Exception:
+    except Exception:  # what Ray raises when its processes end under it, once a stop was asked for
         if not signals.asked:
             raise
         logger.warning("an error while stopping", exc_info=True)

@@ -96,8 +96,8 @@ def page(outcome: Mapping[str, Any]) -> str:
         "Learner: FLOPs that the learner itself spends on the stream, in full training steps per token. In line: FLOPs "
         "that the next batch waits for, whoever spends them.",
     ]
-    if any(found.get("recalled_bpb") for found in outcome["regimes"].values()):
-        lines += ["", RECALL]
+    recalled = any(found.get("recalled_bpb") for found in outcome["regimes"].values())
+    lines += ["", RECALL if recalled else "Online: loss of every sequence before it is learned from, weights alone."]
     for regime, found in outcome["regimes"].items():
         lines += ["", f"### {heading(regime)}", "", *_table(found)]
     return "\n".join(lines) + "\n"
