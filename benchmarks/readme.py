@@ -188,8 +188,8 @@ def render_comparison(*outcomes: Mapping[str, Any]) -> str:
     )
     return (
         f"{table}\n\nMeans at equal FLOPs and one bound on stored text, of the weights alone (recall changes only "
-        f"the online loss); learning, forgetting, online loss and plots: benchmarks/results/compare-s5.md and the pages "
-        f"beside it.\n{made}"
+        f"the online loss); learning, forgetting, online loss and plots: benchmarks/results/compare-s5.md and the "
+        f"pages beside it.\n{made}"
     )
 
 
