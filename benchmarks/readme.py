@@ -260,7 +260,7 @@ def _lead(found: Mapping[str, Any], name: str) -> str:
 BLOCKS: dict[str, tuple[tuple[Path, ...], Callable[..., str]]] = {
     "model": ((MODEL,), render_model),
     "compare": (COMPARISONS, render_comparison),
-    "online": ((KEPT.with_name("compare-tshift.json"), KEPT.with_name("compare-s5.json")), render_online),
+    "online": ((KEPT.with_name("compare-tshift.json"), KEPT.with_name("compare-s5-read.json")), render_online),
     "elsewhere": (tuple(KEPT.with_name(f"{name}.json") for name in ELSEWHERE), render_elsewhere),
 }
 """Tables of README.md that come from kept figures, by marker; left as they are where none of the files is there."""

@@ -22,6 +22,7 @@ CHAPTERS = {
     "levels": "Five levels against one, two and three",
     "probes": "Memory probes",
     "compare-s5": "Circadian against its opponents",
+    "compare-s5-read": "The same trials anew, with and without recall",
     "compare-s5-cap5": "With a small store",
     "compare-s5-cap1": "With a store of fifteen sequences",
     "compare-tshift": "The same on a soft shift",
