@@ -37,7 +37,7 @@ ELSEWHERE = {
 """Comparisons on other streams, by file name, and what they stream."""
 PRINCIPAL = ("circadian", "replay_tuned", "replay_50", "naive")
 """Methods shown of them."""
-READERS = ("circadian", "mer", "replay_50", "replay_tuned", "one_frequency", "naive")
+READERS = ("circadian", "replay_balanced", "mer", "replay_50", "replay_tuned", "one_frequency", "naive")
 """Methods whose online loss is shown."""
 LEFT_OUT = ("stream_cursor", "quarantined")
 """Keys of summary.json that are long, or name files of the machine the run was made on."""
@@ -228,15 +228,16 @@ def render_online(*outcomes: Mapping[str, Any]) -> str:
     Args:
         outcomes: what `circadian compare --out` wrote with the whole history stored; without readings: left out.
     """
-    read = [(o["stream"], o["regimes"]["whole"]) for o in outcomes if o["regimes"]["whole"].get("recalled_bpb")]
-    names = [name for name in READERS if all(name in found["recalled_bpb"] for _, found in read)]
+    outcomes = tuple(o for o in outcomes if o["regimes"]["whole"].get("recalled_bpb"))
+    names = [name for name in READERS if all(name in o["regimes"]["whole"]["recalled_bpb"] for o in outcomes)]
     head, rows = ["online bits per byte"], [[f"`{name}`"] for name in names]
-    for streamed, found in read:
+    for outcome in outcomes:
+        streamed, found = outcome["stream"], outcome["regimes"]["whole"]
         stream = "soft shift" if streamed["schedule"] == "soft" else ", ".join(streamed["sources"])
         head += [f"{stream}, weights alone", f"{stream}, with recall"]
         for row, name in zip(rows, names, strict=True):
             row += [_bold(found, name, key) for key in ("weights_bpb", "recalled_bpb")]
-    made = "\n".join(f"* `{o['command']}`" for o in outcomes if o["regimes"]["whole"].get("recalled_bpb"))
+    made = "\n".join(f"* `{o['command']}`" for o in outcomes)
     return f"{markdown_table(head, rows)}\n\nBold: as the method reads. Made by\n{made}"
 
 

@@ -346,6 +346,9 @@ def test_other_streams_have_a_line_each_whatever_methods_they_were_run_with() ->
     text = readme.render_elsewhere({**outcome, "regimes": {"whole": found}})
     assert "| the same texts, without a base | 2 | **2.000** |  | 2.250 (+0.250, +0.125 .. +0.500) |  |" in text
     assert f"* the same texts, without a base: `{outcome['command']}`" in text
+    lead["replay_50"] = {"mean": -0.25, "low": -0.25, "high": -0.25}
+    text = readme.render_elsewhere({**outcome, "regimes": {"whole": found}})
+    assert "| 2.250 (+0.250) |" in text, "one trial has no interval"
 
 
 def test_online_loss_by_reading_bold_as_a_method_reads() -> None:
