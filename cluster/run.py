@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -43,8 +44,9 @@ GRACE = 2.2
 class Signals:
     """SIGTERM and SIGINT ask for an orderly stop; the second one exits at once.
 
-    The stop is an exception, raised wherever the main thread is. Compiled code may lose it, and while Ray connects the
-    handler is Ray's. So a thread hears of signals too, through the wake-up descriptor, whoever the handler is.
+    The stop is an exception, raised wherever the main thread is. Compiled code and finalizers may lose it, and while
+    Ray connects the handler is Ray's. So a thread hears of signals too, through the wake-up descriptor, whoever the
+    handler is.
     """
 
     def __init__(self) -> None:
@@ -56,6 +58,7 @@ class Signals:
         mouth.setblocking(False)
         signal.set_wakeup_fd(mouth.detach(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(ears,), daemon=True, name="signals").start()
+        self.report_lost, sys.unraisablehook = sys.unraisablehook, self._lose
         self.install()
 
     def install(self) -> None:
@@ -72,6 +75,11 @@ class Signals:
         threading.Thread(target=self.leave, daemon=True).start()
         time.sleep(0.4)
         _leave_at_once()
+
+    def _lose(self, lost: sys.UnraisableHookArgs) -> None:
+        """What a finalizer raised. A stop is no error that the user should see printed: the thread sees to it."""
+        if not issubclass(lost.exc_type, (Stopped, SystemExit, KeyboardInterrupt)):
+            self.report_lost(lost)
 
     def _handle(self, number: int, frame: Any) -> None:
         if self.heard:
@@ -149,10 +157,10 @@ def _drive(
         tracking.finish("FINISHED", artifacts, cfg.failures.call_timeout)
     except (Stopped, SystemExit):  # the latter from the handler that Ray has in place while it starts
         leave()
-    except Exception:  # what Ray raises when its processes end under it, once a stop was asked for
+    except Exception as error:  # what Ray raises when its processes end under it, once a stop was asked for
         if not signals.asked:
             raise
-        logger.warning("an error while stopping", exc_info=True)
+        logger.warning("while stopping: %s: %s", type(error).__name__, error)
         leave()
     ray.shutdown()
     console.print(render_summary_table(summary))
