@@ -1,4 +1,4 @@
-"""A stop that is asked for at a bad moment: it is neither lost nor printed as an error. Real signals, real processes."""
+"""A stop asked for at a bad moment: it is neither lost nor printed as an error. Real signals, real processes."""
 
 from __future__ import annotations
 
