@@ -40,7 +40,7 @@ from pipelines.probe import Row, score
 
 ORDERS = ("A", "reverse")
 LR, EPOCHS = 4e-3, 2.0
-"""Peak step size asleep, unless given; FLOPs per stream token in plain steps."""
+"""Peak step size asleep, and FLOPs per stream token in plain steps, unless given."""
 CYCLES, NIGHTS = 10, 16
 """Stretches of the stream; or looks at every source per source of the stream."""
 LEAST_CYCLES = 4
@@ -143,11 +143,16 @@ def night_of(name: str) -> Night:
     return night
 
 
-def live(material: Material, shop: Workshop, order: str, seed: int, cycles: int, lr: float, night: Night) -> Life:
-    """One run through the stream. cycles: stretches, each with its deep sleep; 0: as a trial, looked at every night."""
+def live(
+    material: Material, shop: Workshop, order: str, seed: int, cycles: int, budget: Tuple[float, float], night: Night
+) -> Life:
+    """One run through the stream. cycles: stretches, each with its deep sleep; 0: as a trial, looked at every night.
+
+    budget: step size asleep, and FLOPs per stream token in plain steps.
+    """
     torch.manual_seed(seed)
     weights = shop.base(material, seed, scratch=False)
-    shared = (lr, EPOCHS, float("inf"), seed, weights, shop.device)
+    shared = (*budget, float("inf"), seed, weights, shop.device)
     if cycles:
         often = replace(night, deep_every=1)
         trainer = HandoverTrainer(in_cycles(material, cycles), often, *shared)
@@ -245,11 +250,13 @@ def main() -> None:
     kind.add_argument("--cycles", type=int, default=CYCLES, help="stretches of the stream, each with its deep sleep")
     kind.add_argument("--nights", action="store_true", help="look at warm nights instead, as in a trial")
     parser.add_argument("--lr", type=float, default=LR, help="peak step size asleep")
+    parser.add_argument("--epochs", type=float, default=EPOCHS, help="FLOPs per stream token, in plain steps")
     parser.add_argument("--method", default="circadian", help="circadian, or with settings as circadian:merge=0.2")
     parser.add_argument("--work", type=Path, help="folder that keeps bases between runs")
     parser.add_argument("--json", type=Path, help="also write {summary, lives} to this file")
     args = parser.parse_args()
     at_least("--lr", args.lr, 1e-9)
+    at_least("--epochs", args.epochs, 1.0)
     night = night_of(args.method)
     cycles, what = (0, "night") if args.nights else (args.cycles, "cycle")
     at_least("--cycles", args.cycles, LEAST_CYCLES)
@@ -262,7 +269,7 @@ def main() -> None:
             material = load_material(cfg, order)
             in_cycles(material, max(1, cycles))  # a clear error before a base is pretrained
             for seed in range(args.seeds):
-                lives.append(live(material, shop, order, seed, cycles, args.lr, night))
+                lives.append(live(material, shop, order, seed, cycles, (args.lr, args.epochs), night))
                 print(f"order {order}, seed {seed}: {' '.join(f'{x:+.2f}' for x in lives[-1].worst)}", flush=True)
     found = summary(lives, GateConfig().max_forgetting)
     page = render(lives, found, material, what, args.lr)
@@ -273,9 +280,8 @@ def main() -> None:
         write_durably(args.json, (json.dumps(payload, indent=1) + "\n").encode())
         command = f"python -m benchmarks.cycles --data DIR --stream {args.stream} --base {args.base}"
         mode = ("--nights" if args.nights else f"--cycles {args.cycles}") + f" --method {args.method}"
-        keep_page(
-            args.json, " ".join([command, mode, f"--lr {args.lr:g}", f"--seeds {args.seeds}", *args.overrides]), page
-        )
+        plan = [f"--lr {args.lr:g}", f"--epochs {args.epochs:g}", f"--seeds {args.seeds}"]
+        keep_page(args.json, " ".join([command, mode, *plan, *args.overrides]), page)
 
 
 if __name__ == "__main__":
