@@ -143,6 +143,18 @@ class Night:
         if self.on_policy and not (self.teacher or self.anchor):
             raise ValueError("on_policy needs a guide; give teacher or anchor a weight")
 
+    def idle(self) -> Dict[str, str]:
+        """Settings without effect beside the others, and what takes it from them."""
+        found = dict.fromkeys(("lwf", "repeats"), "handover=0")
+        if self.handover:
+            own = ("rounds", "recent", "scarce_recent", "recent_end", "cycle", "online")
+            found = dict.fromkeys(own, f"handover={self.handover:g}")
+        if not self.bank:
+            found |= dict.fromkeys(("deep_every", "deep_passes", "deep_recent", "night_floor"), "bank=0")
+        if self.wake == "none":
+            found |= dict.fromkeys(("wake_lr", "wake_cycle"), "wake=none")
+        return found
+
 
 @dataclass(frozen=True)
 class Method:
@@ -189,6 +201,11 @@ class Method:
         at_least("der_top", self.der_top, 1)
         at_least("reptile_every", self.reptile_every, 1)
         at_least("joins", self.joins, 1)
+
+    def idle(self) -> Dict[str, str]:
+        """Settings without effect beside the others, and what takes it from them."""
+        needs = {"der_top": "der", "reptile_every": "reptile", "balance": "replay"}
+        return {key: f"{other}=0" for key, other in needs.items() if not getattr(self, other)}
 
     @property
     def keeps_data(self) -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, replace
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Dict, Iterator, Optional, Union
 
-from pipelines.compare.config import METHODS, Method
+from pipelines.compare.config import METHODS, Method, Night
 
 CHANGE = ":"
 """Stands before every change."""
@@ -51,7 +51,8 @@ def method_of(name: str, tuned: Optional[Method] = None) -> Method:
         tuned: what is changed, where tuning has chosen a variant of the method.
 
     Raises:
-        ValueError: the method or a setting is unknown, or a value is not of its type or out of bounds.
+        ValueError: the method or a setting is unknown, a value is not of its type or out of bounds, or a setting would
+            have no effect.
     """
     head = head_of(name)
     if head not in METHODS:
@@ -60,17 +61,21 @@ def method_of(name: str, tuned: Optional[Method] = None) -> Method:
     method, changes = tuned or METHODS[head], _changes(name)
     if "lr" in changes and not _number(name, changes.pop("lr")) > 0:
         raise ValueError(f"--methods: {name!r} sets lr to no positive number")
-    settings = method.night if method.family == "circadian" else method
+    settings: Union[Method, Night] = method.night if method.family == "circadian" else method
     known = {key: value for key, value in asdict(settings).items() if key not in ("family", "night")}
     if unknown := [key for key in changes if key not in known]:
         raise ValueError(f"--methods: {name!r}: {unknown[0]!r} is unknown; use lr, or one of {', '.join(known)}")
     typed = {key: _typed(name, key, value, known[key]) for key, value in changes.items()}
     try:
-        if method.family == "circadian":
-            return replace(method, night=replace(method.night, **typed))
-        return replace(method, **typed)
+        changed = replace(settings, **typed)
     except ValueError as error:
         raise ValueError(f"--methods: {name!r}: {error}") from None
+    idle = changed.idle()
+    if unused := [key for key in typed if key in idle]:
+        raise ValueError(
+            f"--methods: {name!r}: {unused[0]} has no effect with {idle[unused[0]]}; leave it out, or change that too"
+        )
+    return replace(method, night=changed) if isinstance(changed, Night) else changed
 
 
 def _changes(name: str) -> Dict[str, str]:

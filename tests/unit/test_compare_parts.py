@@ -156,6 +156,9 @@ def test_a_name_may_change_settings_of_its_method() -> None:
     assert list(names(f"naive,{name}")) == ["naive", name] and lr_of(name) == 2e-3 and lr_of("circadian") is None
     assert method_of(name) == replace(CIRCADIAN, night=replace(CIRCADIAN.night, bank=0.25, fewest=False))
     assert method_of("circadian_nights:rounds=4").night == replace(METHODS["circadian_nights"].night, rounds=4)
+    assert method_of("circadian:handover=0:rounds=4").night.rounds == 4, (
+        "it has an effect with what is changed beside it"
+    )
     winner = Method(replay=0.8, balance=0.5, joins=16)
     assert method_of("replay_tuned:merge=0.25", winner) == replace(winner, merge=0.25), "what tuning chose is changed"
     assert method_of("replay_50:replay=0.6:schedule=constant") == Method(replay=0.6, schedule="constant")
@@ -181,6 +184,11 @@ def test_a_name_may_change_settings_of_its_method() -> None:
         ("mer:reptile_every=0", "reptile_every=0 must be at least 1"),
         ("der:der_top=-3", "der_top=-3 must be at least 1"),
         ("circadian_nights:recent_end=7", "recent_end=7.0 must lie between 0 and 1"),
+        ("circadian:rounds=4", "rounds has no effect with handover=0.5; leave it out, or change that too"),
+        ("circadian_nights:lwf=0.3", "lwf has no effect with handover=0"),
+        ("circadian:bank=0:deep_recent=0.3", "deep_recent has no effect with bank=0"),
+        ("circadian:wake=none:wake_lr=1", "wake_lr has no effect with wake=none"),
+        ("mer:der_top=4", "der_top has no effect with der=0"),
     ],
 )
 def test_changes_that_cannot_be_are_named(name: str, said: str) -> None:
