@@ -50,6 +50,16 @@ def fit_link(points: Sequence[Tuple[float, float]], ranks: int) -> Link:
 
 
 @dataclass(frozen=True)
+class Calls:
+    """Collectives of one step, by how their messages go."""
+
+    rings: float = 2.0
+    """Reduce-scatters and all-gathers; an all-reduce is two."""
+    trees: float = 0.0
+    """Broadcasts."""
+
+
+@dataclass(frozen=True)
 class Costs:
     """What was measured, in seconds of one rank and in bytes."""
 
@@ -70,6 +80,8 @@ class Costs:
     link: Link
     parts: float = 2.0
     """Reduce-scatters or all-gathers of all weights that the bytes of a sleep step amount to; 2: an all-reduce."""
+    calls: Calls = Calls()
+    """What these bytes are sent in."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +129,10 @@ class Point:
 
 def sleep_step(costs: Costs, ranks: int, tokens: float) -> float:
     """Seconds of a sleep step of `tokens` tokens per rank."""
-    return costs.sleep * tokens + costs.parts * costs.link.pass_around(costs.weights, ranks)
+    link, calls = costs.link, costs.calls
+    size = costs.parts * costs.weights / ranks
+    talk = (ranks - 1) * (calls.rings * link.alpha + link.beta * size) + calls.trees * link.broadcast(0.0, ranks)
+    return costs.sleep * tokens + talk
 
 
 def learner_rate(costs: Costs, cadence: Cadence, ranks: int) -> float:

@@ -17,7 +17,7 @@ from benchmarks import sleep_ranks
 from benchmarks.interleave import clock, one_thread
 from benchmarks.results import keep_page
 from benchmarks.scaling import Cadence, Costs, Point, curve, fit_link, sleep_step
-from benchmarks.sleep_ranks import AWAKE, PARALLEL, PLAIN, Ranks, Task
+from benchmarks.sleep_ranks import AWAKE, BESIDE, PARALLEL, PLAIN, Ranks, Task
 from benchmarks.tables import Machine, Spread, markdown_table
 from benchmarks.traffic import file_bytes
 from cluster.releases import Release, Releases, load_release, shards_fingerprint, write_shard
@@ -116,7 +116,8 @@ def measure(cfg: Config, repeats: int = 5, steps: int = 2, worlds: Sequence[int]
     predicted = {}
     for stage in task.stages:
         name = f"ZeRO {stage}"
-        own = replace(costs, sleep=ranks[1].seconds[name].median / tokens, parts=parts_of(most, name))
+        alone = most.crowding * ranks[1].seconds[name].median / tokens
+        own = replace(costs, sleep=alone, parts=parts_of(most, name), calls=most.calls[name])
         predicted[name] = sleep_step(own, most.world, tokens)
     return Figures(cfg, task, ranks, guides, traffic, costs, cadence, predicted, curve(costs, cadence, SIZES))
 
@@ -142,6 +143,7 @@ def costs_of(cfg: Config, one: Ranks, most: Ranks, traffic: Traffic, share: int)
         adoption=traffic.adoption_seconds,
         link=fit_link(most.reductions, most.world),
         parts=parts_of(most, f"ZeRO {cfg.pool.zero_stage}"),
+        calls=most.calls[f"ZeRO {cfg.pool.zero_stage}"],
     )
 
 
@@ -259,8 +261,8 @@ def _speed(figures: Figures) -> str:
         f"Sleep steps (student, teacher and anchor; {task.share} sequences of {figures.cfg.model.context} tokens per "
         f"rank and step, {figures.costs.weights / 4e6:.1f}M parameters, {figures.cfg.compute.precision}), "
         f"{task.repeats} repeats in turns; every way is held against a plain loop of the same maths on one rank, just "
-        f"before and after. *{PARALLEL}* is that loop under torch's DistributedDataParallel, *{AWAKE}* one of the "
-        "learner's levels alone."
+        f"before and after. *{PARALLEL}* is that loop under torch's DistributedDataParallel, *{BESIDE}* one on every "
+        f"rank, *{AWAKE}* one of the learner's levels alone."
     )
     return f"**Speed.** {about}\n\n{markdown_table(header, rows)}"
 
@@ -307,14 +309,16 @@ def _scaling(figures: Figures) -> str:
         rows.append([f"{point.nodes:,}", f"{point.pool:,}", *cells, f"{point.data_parallel:,.0f}"])
     link = figures.costs.link
     about = (
-        f"A step on n ranks is that of one rank and its collectives, rings of messages of {1e6 * link.alpha:.0f} us "
-        f"and {link.beta * 2**30:.2f} s/GiB each, as all-reduces over {most} ranks took. What that predicts for a step "
-        f"on {most} ranks:"
+        "A step on n ranks is that of one rank and its collectives, as many as torch's profiler counts and with the "
+        f"bytes that the kernel does: rings of messages of {1e6 * link.alpha:.0f} us and {link.beta * 2**30:.2f} s/GiB "
+        f"each, as all-reduces over {most} ranks took. On this one machine {most} ranks take "
+        f"{figures.ranks[most].crowding:.2f} times as long as one even where neither waits for the other, which is "
+        f"part of the prediction. For a step on {most} ranks it says:"
     )
     then = (
-        "And for more nodes of this kind, periods growing with them: tokens of the stream per second that are slept on "
-        "too, at the best split between learner and pool (simulated). Beside it all nodes as one data-parallel "
-        "training of the same tokens:"
+        "And for more nodes of this kind, which do not share a machine, periods growing with them: tokens of the "
+        "stream per second that are slept on too, at the best split between learner and pool (simulated). Beside it "
+        "all nodes as one data-parallel training of the same tokens:"
     )
     table = markdown_table(["way", "predicted ms", "measured ms", "error"], checks)
     return f"**Scaling.** {about}\n\n{table}\n\n{then}\n\n{markdown_table(header, rows)}"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.interleave import Rate, clock, interleave, one_thread
+from benchmarks.scaling import Calls
 from benchmarks.tables import Spread
 from benchmarks.traffic import socket_bytes
 from nl_model.losses import token_nll
@@ -27,6 +28,8 @@ from pipelines.sleep import guide_logits, sleep_loss
 from pipelines.tokens import build_tokenizer
 
 PLAIN, PARALLEL, AWAKE = "plain loop", "data-parallel", "wake step"
+BESIDE = "plain loops side by side"
+"""One on every rank, none of which waits for another: what sharing a machine costs."""
 STAGES = (0, 1, 2, 3)
 Step = Callable[[], None]
 
@@ -59,6 +62,13 @@ class Ranks:
     """Bytes per rank over `round_steps` steps, sent and received, by the kernel's counters."""
     reductions: List[Tuple[float, float]] = field(default_factory=list)
     """All-reduces: (bytes, seconds)."""
+    calls: Dict[str, Calls] = field(default_factory=dict)
+    """Collectives per step, as torch's profiler counts them."""
+
+    @property
+    def crowding(self) -> float:
+        """How much longer a plain step takes where every rank of the machine takes one; 1 where nobody shares it."""
+        return self.seconds[BESIDE].median / self.seconds[PLAIN].median if BESIDE in self.seconds else 1.0
 
 
 def measure(task: Task, world: int) -> Ranks:
@@ -115,6 +125,8 @@ def measure_here(task: Task) -> Ranks:
         engines.append(engine)
         steps[f"ZeRO {stage}"] = step
     alone = lessons.plain()
+    if world > 1:
+        steps[BESIDE] = lessons.plain()
     walls: Dict[str, List[float]] = {}
     visits = {name: _together(name, step, task, lessons, walls, range(world)) for name, step in steps.items()}
     reference = _together(PLAIN, alone, task, lessons, walls, range(1))
@@ -123,13 +135,15 @@ def measure_here(task: Task) -> Ranks:
     walls.clear()
     rates = interleave(reference, visits, task.repeats)
     rates[PLAIN] = rates.pop("reference")
-    moved = {}
-    if task.round_steps and world > 1:
-        moved = {name: _bytes_of(step, task.round_steps, lessons.device) for name, step in steps.items()}
+    moved, calls = {}, {}
+    talking = {name: step for name, step in steps.items() if world > 1 and name != BESIDE}
+    if task.round_steps:
+        moved = {name: _bytes_of(step, task.round_steps, lessons.device) for name, step in talking.items()}
+        calls = {name: _calls_of(step) for name, step in talking.items()}
     reductions = _reductions(lessons.device, sum(p.numel() for p in lessons.model().parameters())) if world > 1 else []
     for engine in engines:
         engine.close()
-    return Ranks(world, rates, {name: Spread.of(found) for name, found in walls.items()}, moved, reductions)
+    return Ranks(world, rates, {name: Spread.of(found) for name, found in walls.items()}, moved, reductions, calls)
 
 
 def _together(
@@ -162,6 +176,20 @@ def _bytes_of(step: Step, steps: int, device: torch.device) -> float:
     moved = torch.tensor([float(sum(socket_bytes()) - before)], dtype=torch.float64, device=device)
     torch.distributed.all_reduce(moved)
     return float(moved) / torch.distributed.get_world_size()
+
+
+def _calls_of(step: Step) -> Calls:
+    """The collectives of one step, whatever the backend."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    rings = trees = 0.0
+    for event in profile.key_averages():
+        kind = event.key.removeprefix("c10d::")
+        if kind != event.key:
+            trees += event.count * kind.startswith("broadcast")
+            rings += event.count * (2 * kind.startswith("allreduce") + kind.startswith(("_allgather", "allgather")))
+            rings += event.count * kind.startswith(("_reduce_scatter", "reduce_scatter"))
+    return Calls(rings, trees)
 
 
 def _reductions(device: torch.device, numel: int, repeats: int = 9) -> List[Tuple[float, float]]:

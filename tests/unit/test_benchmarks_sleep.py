@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from benchmarks.interleave import Rate
-from benchmarks.scaling import Link, curve
+from benchmarks.scaling import Calls, Link, curve
 from benchmarks.sleep import Figures, Handover, Traffic, cadence_of, costs_of, measure, render
-from benchmarks.sleep_ranks import AWAKE, PARALLEL, PLAIN, Lessons, Ranks, Task, measure_here
+from benchmarks.sleep_ranks import AWAKE, BESIDE, PARALLEL, PLAIN, Lessons, Ranks, Task, measure_here
 from benchmarks.tables import Spread
 from benchmarks.traffic import file_bytes, socket_bytes
 from nl_model.weights import save_tensors
@@ -79,7 +79,7 @@ def test_one_rank_is_measured_in_turns(group: None, cfg: Config) -> None:
     assert set(found.rates) == set(found.seconds) == {PLAIN, AWAKE, "ZeRO 0", "ZeRO 2"}
     assert found.rates[PLAIN].ratio == Spread(1.0, 1.0, 1.0)
     assert all(0 < rate.tokens_per_s.low <= rate.tokens_per_s.high for rate in found.rates.values())
-    assert (found.world, found.moved, found.reductions) == (1, {}, []), "alone there is nobody to talk to"
+    assert found.world == 1 and not (found.moved or found.reductions or found.calls), "nobody to talk to"
 
 
 def test_what_is_handed_over_is_counted(cfg: Config, tmp_path: Path) -> None:
@@ -97,11 +97,14 @@ def test_the_page_has_every_figure(cfg: Config) -> None:
     ways = [PLAIN, *(f"ZeRO {stage}" for stage in range(4))]
     one = Ranks(1, dict.fromkeys([*ways, AWAKE], RATE), dict.fromkeys([*ways, AWAKE], ONE))
     two = Ranks(2, dict.fromkeys([*ways, PARALLEL], RATE), dict.fromkeys([*ways, PARALLEL], ONE))
+    assert one.crowding == two.crowding == 1.0, "nobody was measured beside another"
     two = replace(two, moved={PARALLEL: 4e8, "ZeRO 2": 6e8}, reductions=[(1e3, 1e-4), (1e6, 1e-2)])
+    two = replace(two, calls={"ZeRO 2": Calls(3.0, 1.0)}, seconds={**two.seconds, BESIDE: Spread(0.6, 0.5, 0.7)})
+    assert two.crowding == 1.2
     traffic = Traffic(10, 1_000_000, 4_000_000, 0.1, 4e8, {"ZeRO 2": 4e8})
     costs, cadence = costs_of(cfg, one, two, traffic, 4), cadence_of(cfg, 4)
     assert costs.wake == costs.full == ONE.median / (4 * cfg.model.context) and costs.link != Link(0.0, 0.0)
-    assert costs.parts == 3.0
+    assert (costs.parts, costs.calls) == (3.0, Calls(3.0, 1.0))
     figures = Figures(
         cfg,
         Task(cfg, 4, 1, 1, 10),
@@ -115,7 +118,11 @@ def test_the_page_has_every_figure(cfg: Config) -> None:
     )
     page = render(figures)
     assert "**80.0 times as much**" in page and "| ZeRO 2 | 750 | 500 (250 .. 1000) | +50% |" in page
-    assert "| 1,000 |" in page and "storing pays from visit 3.0 on" in page
+    assert (
+        "1.20 times as long as one even where neither waits" in page
+        and "| 1,000 |" in page
+        and "storing pays from visit 3.0 on" in page
+    )
     kept = json.loads(json.dumps(figures.as_json()))
     assert kept["traffic"]["saving"] == 80.0 and len(kept["scaling"]) == 4
 

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.scaling import (
     Cadence,
+    Calls,
     Costs,
     Link,
     balanced,
@@ -51,6 +52,13 @@ def test_a_ring_moves_nearly_twice_the_bytes_however_many_ranks() -> None:
     assert wide.all_reduce(1e9, 2) == pytest.approx(1.0)
     assert wide.all_reduce(1e9, 1000) == pytest.approx(2.0, rel=2e-3)
     assert sleep_step(replace(COSTS, link=wide, weights=1e9, parts=3.0), 1000, 0) == pytest.approx(3.0, rel=2e-3)
+
+
+def test_every_collective_costs_its_messages() -> None:
+    slow = replace(COSTS, link=Link(1.0, 0.0), calls=Calls(rings=5.0, trees=2.0))
+    assert sleep_step(slow, 2, 0) == 5.0 + 2.0
+    assert sleep_step(slow, 16, 0) == 15 * 5.0 + 4 * 2.0, "rings have a message per neighbour, trees one per height"
+    assert sleep_step(slow, 1, 0) == 0.0
 
 
 def test_without_costs_of_communication_everything_scales_with_ranks() -> None:
