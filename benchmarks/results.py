@@ -37,6 +37,7 @@ CHAPTERS = {
     "compare-s5-sleep": "Little sleep",
     "transfer": "What a night moves into the slow levels",
     "cycles": "Cycle after cycle",
+    "cycles-twice": "Cycle after cycle, with twice the FLOPs",
     "cycles-mixed": "Cycle after cycle, all sources in each",
     "sleep": "Sleep on ranks",
     "gate": "The gate against planted candidates",
