@@ -129,17 +129,19 @@ def read(rows: Sequence[Row], material: Material) -> Tuple[Dict[str, List[float]
     return forgotten, [max(values) for values in known[1:]], base
 
 
-def night_of(name: str) -> Night:
-    """Circadian's settings with the changes that the name makes.
+def night_of(name: str, in_cycles: bool = True) -> Night:
+    """Circadian's settings with the changes that the name makes. in_cycles: a deep sleep is to end every one.
 
     Raises:
-        ValueError: it is no `circadian`, sets a step size, or leaves no sleep that goes on from awake passes.
+        ValueError: it is no `circadian`, sets a step size, leaves nothing handed over, or no deep sleep after a cycle.
     """
     if head_of(name) != "circadian" or lr_of(name) is not None:
         raise ValueError(f"--method {name!r} must be circadian[:SETTING=VALUE...]; give step sizes with --lr")
     night = method_of(name).night
     if not night.handover:
         raise ValueError(f"--method {name!r} leaves nothing handed over; set handover above 0")
+    if in_cycles and not night.bank:
+        raise ValueError(f"--method {name!r} leaves no deep sleep, which ends every cycle; set bank above 0")
     return night
 
 
@@ -257,8 +259,8 @@ def main() -> None:
     args = parser.parse_args()
     at_least("--lr", args.lr, 1e-9)
     at_least("--epochs", args.epochs, 1.0)
-    night = night_of(args.method)
     cycles, what = (0, "night") if args.nights else (args.cycles, "cycle")
+    night = night_of(args.method, bool(cycles))
     at_least("--cycles", args.cycles, LEAST_CYCLES)
     overrides = [*stream_of_folder([f"stream.path={args.data}"]), f"stream.sources=[{args.stream}]"]
     cfg = load_config("default", [*overrides, f"base.sources=[{args.base}]", *args.overrides], "micro")

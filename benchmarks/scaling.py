@@ -128,7 +128,7 @@ class Point:
 
 
 def sleep_step(costs: Costs, ranks: int, tokens: float) -> float:
-    """Seconds of a sleep step of `tokens` tokens per rank."""
+    """Seconds of a sleep step of `tokens` tokens per rank. Broadcasts are small; their bytes count as rings'."""
     link, calls = costs.link, costs.calls
     size = costs.parts * costs.weights / ranks
     talk = (ranks - 1) * (calls.rings * link.alpha + link.beta * size) + calls.trees * link.broadcast(0.0, ranks)

@@ -112,13 +112,7 @@ def measure(cfg: Config, repeats: int = 5, steps: int = 2, worlds: Sequence[int]
         traffic = bench.traffic(task.round_steps, most.moved)
     costs = costs_of(cfg, ranks[1], most, traffic, share)
     cadence = cadence_of(cfg, share)
-    tokens = share * cfg.model.context
-    predicted = {}
-    for stage in task.stages:
-        name = f"ZeRO {stage}"
-        alone = most.crowding * ranks[1].seconds[name].median / tokens
-        own = replace(costs, sleep=alone, parts=parts_of(most, name), calls=most.calls[name])
-        predicted[name] = sleep_step(own, most.world, tokens)
+    predicted = {f"ZeRO {stage}": predict(costs, ranks[1], most, f"ZeRO {stage}", cadence) for stage in task.stages}
     return Figures(cfg, task, ranks, guides, traffic, costs, cadence, predicted, curve(costs, cadence, SIZES))
 
 
@@ -145,6 +139,13 @@ def costs_of(cfg: Config, one: Ranks, most: Ranks, traffic: Traffic, share: int)
         parts=parts_of(most, f"ZeRO {cfg.pool.zero_stage}"),
         calls=most.calls[f"ZeRO {cfg.pool.zero_stage}"],
     )
+
+
+def predict(costs: Costs, one: Ranks, most: Ranks, way: str, cadence: Cadence) -> float:
+    """Seconds that a step takes on several ranks of this machine, from one rank's and what was measured of talk."""
+    alone = most.crowding * one.seconds[way].median / cadence.sleep_tokens
+    own = replace(costs, sleep=alone, parts=parts_of(most, way), calls=most.calls[way])
+    return sleep_step(own, most.world, cadence.sleep_tokens)
 
 
 def parts_of(most: Ranks, way: str) -> float:

@@ -161,6 +161,7 @@ def _drive(
         if not signals.asked:
             raise
         logger.warning("while stopping: %s: %s", type(error).__name__, error)
+        logger.debug("where it came from", exc_info=True)
         leave()
     ray.shutdown()
     console.print(render_summary_table(summary))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Dict
 
 from pipelines.checks import at_least, one_of, share
@@ -153,6 +153,11 @@ class Night:
             found |= dict.fromkeys(("deep_every", "deep_passes", "deep_recent", "night_floor"), "bank=0")
         if self.wake == "none":
             found |= dict.fromkeys(("wake_lr", "wake_cycle"), "wake=none")
+        if self.online:
+            found |= dict.fromkeys(("rounds", "cycle"), "online=true")
+        held = ("merge", "anchor", "dream", *(("lwf",) if self.handover else ()))
+        if not any(getattr(self, key) for key in held):
+            found["scarce"] = f"{' and '.join(held)} 0"
         return found
 
 
@@ -204,7 +209,9 @@ class Method:
 
     def idle(self) -> Dict[str, str]:
         """Settings without effect beside the others, and what takes it from them."""
-        needs = {"der_top": "der", "reptile_every": "reptile", "balance": "replay"}
+        if self.family == "joint":
+            return dict.fromkeys((key.name for key in fields(self)), "all text learned at once")
+        needs = {"der": "replay", "der_top": "der", "reptile_every": "reptile", "balance": "replay"}
         return {key: f"{other}=0" for key, other in needs.items() if not getattr(self, other)}
 
     @property

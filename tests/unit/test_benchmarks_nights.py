@@ -53,10 +53,10 @@ def measured(module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_cycles_fit_the_base_alone(
     mode: List[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    args = ["--data", str(folder), "--stream", "beta,gamma", "--base", "alpha", "--seeds", "1", *mode]
-    deep: List[int] = []
+    args = ["--data", str(folder), "--stream", "beta,gamma", "--base", "alpha", "--seeds", "1", "--epochs", "3", *mode]
+    deep: List[float] = []
     sleep_deep = cycles.HandoverTrainer._deep_sleep
-    counted = lambda self, recent_NS: (deep.append(1), sleep_deep(self, recent_NS))[1]  # noqa: E731
+    counted = lambda self, recent_NS: (deep.append(self.epochs), sleep_deep(self, recent_NS))[1]  # noqa: E731
     monkeypatch.setattr(cycles.HandoverTrainer, "_deep_sleep", counted)
     found = measured(cycles, monkeypatch, tmp_path, args)
     assert len(deep) == (2 if mode == ["--nights"] else 10), "one in every life, or one after every cycle"
@@ -69,7 +69,9 @@ def test_cycles_fit_the_base_alone(
     summary = found["summary"]
     assert summary["largest"] == max(max(life["worst"]) for life in found["lives"])
     assert summary["A"]["base"]["low"] <= summary["A"]["base"]["slope"] <= summary["A"]["base"]["high"]
-    assert f" {' '.join(mode)} " in (tmp_path / "found.md").read_text(), "the page says which"
+    page = (tmp_path / "found.md").read_text()
+    assert f" {' '.join(mode)} " in page and " --epochs 3 " in page, "the page says which"
+    assert set(deep) == {3.0}
 
 
 def test_cycles_take_settings_of_circadian() -> None:
@@ -79,6 +81,9 @@ def test_cycles_take_settings_of_circadian() -> None:
             cycles.night_of(name)
     with pytest.raises(ValueError, match=r"leaves nothing handed over; set handover above 0"):
         cycles.night_of("circadian:handover=0")
+    assert cycles.night_of("circadian:bank=0", in_cycles=False).bank == 0
+    with pytest.raises(ValueError, match=r"leaves no deep sleep, which ends every cycle; set bank above 0"):
+        cycles.night_of("circadian:bank=0")
 
 
 def test_cycles_cut_the_stream_and_nothing_else(folder: Path) -> None:

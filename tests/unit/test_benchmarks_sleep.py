@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.interleave import Rate
 from benchmarks.scaling import Calls, Link, curve
-from benchmarks.sleep import Figures, Handover, Traffic, cadence_of, costs_of, measure, render
+from benchmarks.sleep import Figures, Handover, Traffic, cadence_of, costs_of, measure, predict, render
 from benchmarks.sleep_ranks import AWAKE, BESIDE, PARALLEL, PLAIN, Lessons, Ranks, Task, measure_here
 from benchmarks.tables import Spread
 from benchmarks.traffic import file_bytes, socket_bytes
@@ -105,6 +105,8 @@ def test_the_page_has_every_figure(cfg: Config) -> None:
     costs, cadence = costs_of(cfg, one, two, traffic, 4), cadence_of(cfg, 4)
     assert costs.wake == costs.full == ONE.median / (4 * cfg.model.context) and costs.link != Link(0.0, 0.0)
     assert (costs.parts, costs.calls) == (3.0, Calls(3.0, 1.0))
+    expected = 1.2 * ONE.median + 3.0 * costs.link.alpha + costs.link.beta * 3.0 * costs.weights / 2 + costs.link.alpha
+    assert predict(costs, one, two, "ZeRO 2", cadence) == pytest.approx(expected), "crowded, three rings and a tree"
     figures = Figures(
         cfg,
         Task(cfg, 4, 1, 1, 10),

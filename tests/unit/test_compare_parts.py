@@ -189,6 +189,10 @@ def test_a_name_may_change_settings_of_its_method() -> None:
         ("circadian:bank=0:deep_recent=0.3", "deep_recent has no effect with bank=0"),
         ("circadian:wake=none:wake_lr=1", "wake_lr has no effect with wake=none"),
         ("mer:der_top=4", "der_top has no effect with der=0"),
+        ("naive:der=0.3", "der has no effect with replay=0"),
+        ("joint:replay=0.5", "replay has no effect with all text learned at once"),
+        ("sleep_as_replay:cycle=false", "cycle has no effect with online=true"),
+        ("circadian_not_held:scarce=false", "scarce has no effect with merge and anchor and dream and lwf 0"),
     ],
 )
 def test_changes_that_cannot_be_are_named(name: str, said: str) -> None:
