@@ -30,6 +30,7 @@ COMPARISONS = tuple(KEPT.with_name(f"compare-s5{regime}.json") for regime in (""
 ELSEWHERE = {
     "compare-tshift": "Python's PEPs by year, softly mixed",
     "compare-s5-order3": "the same texts, a third order",
+    "compare-s5-twice": "the same texts, twice the FLOPs",
     "compare-s5-mixed": "the same texts, mixed with drifting weights",
     "compare-s5-scratch": "the same texts, without a base",
     "compare-installed": "the text of `make run`",

@@ -31,6 +31,7 @@ CHAPTERS = {
     "compare-s5-small": "More opponents with small stores",
     "compare-s5-guides": "What guides, dreams and slots are worth to nights with passes of their own",
     "compare-s5-order3": "A third order",
+    "compare-s5-twice": "Twice the FLOPs",
     "compare-s5-mixed": "Sources mixed with drifting weights",
     "compare-s5-scratch": "Without a base",
     "compare-installed": "Installed text",
