@@ -129,8 +129,8 @@ def read(rows: Sequence[Row], material: Material) -> Tuple[Dict[str, List[float]
     return forgotten, [max(values) for values in known[1:]], base
 
 
-def night_of(name: str, in_cycles: bool = True) -> Night:
-    """Circadian's settings with the changes that the name makes. in_cycles: a deep sleep is to end every one.
+def night_of(name: str, deep: bool = True) -> Night:
+    """Circadian's settings with the changes that the name makes. deep: a deep sleep is to end every cycle.
 
     Raises:
         ValueError: it is no `circadian`, sets a step size, leaves nothing handed over, or no deep sleep after a cycle.
@@ -140,21 +140,21 @@ def night_of(name: str, in_cycles: bool = True) -> Night:
     night = method_of(name).night
     if not night.handover:
         raise ValueError(f"--method {name!r} leaves nothing handed over; set handover above 0")
-    if in_cycles and not night.bank:
+    if deep and not night.bank:
         raise ValueError(f"--method {name!r} leaves no deep sleep, which ends every cycle; set bank above 0")
     return night
 
 
 def live(
-    material: Material, shop: Workshop, order: str, seed: int, cycles: int, budget: Tuple[float, float], night: Night
+    material: Material, shop: Workshop, order: str, seed: int, cycles: int, spending: Tuple[float, float], night: Night
 ) -> Life:
     """One run through the stream. cycles: stretches, each with its deep sleep; 0: as a trial, looked at every night.
 
-    budget: step size asleep, and FLOPs per stream token in plain steps.
+    spending: step size asleep, and FLOPs per stream token in plain steps.
     """
     torch.manual_seed(seed)
     weights = shop.base(material, seed, scratch=False)
-    shared = (*budget, float("inf"), seed, weights, shop.device)
+    shared = (*spending, float("inf"), seed, weights, shop.device)
     if cycles:
         often = replace(night, deep_every=1)
         trainer = HandoverTrainer(in_cycles(material, cycles), often, *shared)

@@ -130,9 +130,8 @@ class Point:
 def sleep_step(costs: Costs, ranks: int, tokens: float) -> float:
     """Seconds of a sleep step of `tokens` tokens per rank. Broadcasts are small; their bytes count as rings'."""
     link, calls = costs.link, costs.calls
-    size = costs.parts * costs.weights / ranks
-    talk = (ranks - 1) * (calls.rings * link.alpha + link.beta * size) + calls.trees * link.broadcast(0.0, ranks)
-    return costs.sleep * tokens + talk
+    rings = calls.rings * link.pass_around(costs.parts * costs.weights / calls.rings, ranks)
+    return costs.sleep * tokens + rings + calls.trees * link.broadcast(0.0, ranks)
 
 
 def learner_rate(costs: Costs, cadence: Cadence, ranks: int) -> float:

@@ -112,7 +112,8 @@ def measure(cfg: Config, repeats: int = 5, steps: int = 2, worlds: Sequence[int]
         traffic = bench.traffic(task.round_steps, most.moved)
     costs = costs_of(cfg, ranks[1], most, traffic, share)
     cadence = cadence_of(cfg, share)
-    predicted = {f"ZeRO {stage}": predict(costs, ranks[1], most, f"ZeRO {stage}", cadence) for stage in task.stages}
+    ways = [f"ZeRO {stage}" for stage in task.stages]
+    predicted = {way: predict(costs, ranks[1], most, way, cadence) for way in ways}
     return Figures(cfg, task, ranks, guides, traffic, costs, cadence, predicted, curve(costs, cadence, SIZES))
 
 
@@ -123,21 +124,21 @@ def slow_period(cfg: Config) -> int:
 
 def costs_of(cfg: Config, one: Ranks, most: Ranks, traffic: Traffic, share: int) -> Costs:
     """What the model of scaling is fed with: wall seconds of one rank, and the link between several."""
-    tokens = share * cfg.model.context
+    tokens, way = share * cfg.model.context, f"ZeRO {cfg.pool.zero_stage}"
     with_fast = NestedLM(cfg.model, cfg.levels, build_tokenizer(cfg.tokenizer, []).vocab_size)
     sizes = {name: p.nbytes for name, p in with_fast.named_parameters()}
     fast = sum(sizes[name] for name in with_fast.owned_by("learner"))
     return Costs(
         wake=one.seconds[AWAKE].median / tokens,
         full=one.seconds[PLAIN].median / tokens,
-        sleep=one.seconds[f"ZeRO {cfg.pool.zero_stage}"].median / tokens,
+        sleep=one.seconds[way].median / tokens,
         weights=float(sum(sizes.values())),
         fast=float(fast),
         release=float(traffic.to_learner),
         adoption=traffic.adoption_seconds,
         link=fit_link(most.reductions, most.world),
-        parts=parts_of(most, f"ZeRO {cfg.pool.zero_stage}"),
-        calls=most.calls[f"ZeRO {cfg.pool.zero_stage}"],
+        parts=parts_of(most, way),
+        calls=most.calls[way],
     )
 
 

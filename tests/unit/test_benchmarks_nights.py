@@ -81,7 +81,7 @@ def test_cycles_take_settings_of_circadian() -> None:
             cycles.night_of(name)
     with pytest.raises(ValueError, match=r"leaves nothing handed over; set handover above 0"):
         cycles.night_of("circadian:handover=0")
-    assert cycles.night_of("circadian:bank=0", in_cycles=False).bank == 0
+    assert cycles.night_of("circadian:bank=0", deep=False).bank == 0
     with pytest.raises(ValueError, match=r"leaves no deep sleep, which ends every cycle; set bank above 0"):
         cycles.night_of("circadian:bank=0")
 

@@ -120,11 +120,8 @@ def test_the_page_has_every_figure(cfg: Config) -> None:
     )
     page = render(figures)
     assert "**80.0 times as much**" in page and "| ZeRO 2 | 750 | 500 (250 .. 1000) | +50% |" in page
-    assert (
-        "1.20 times as long as one even where neither waits" in page
-        and "| 1,000 |" in page
-        and "storing pays from visit 3.0 on" in page
-    )
+    assert "1.20 times as long as one even where neither waits" in page
+    assert "| 1,000 |" in page and "storing pays from visit 3.0 on" in page
     kept = json.loads(json.dumps(figures.as_json()))
     assert kept["traffic"]["saving"] == 80.0 and len(kept["scaling"]) == 4
 

@@ -156,9 +156,7 @@ def test_a_name_may_change_settings_of_its_method() -> None:
     assert list(names(f"naive,{name}")) == ["naive", name] and lr_of(name) == 2e-3 and lr_of("circadian") is None
     assert method_of(name) == replace(CIRCADIAN, night=replace(CIRCADIAN.night, bank=0.25, fewest=False))
     assert method_of("circadian_nights:rounds=4").night == replace(METHODS["circadian_nights"].night, rounds=4)
-    assert method_of("circadian:handover=0:rounds=4").night.rounds == 4, (
-        "it has an effect with what is changed beside it"
-    )
+    assert method_of("circadian:handover=0:rounds=4").night.rounds == 4, "not idle with what is changed beside it"
     winner = Method(replay=0.8, balance=0.5, joins=16)
     assert method_of("replay_tuned:merge=0.25", winner) == replace(winner, merge=0.25), "what tuning chose is changed"
     assert method_of("replay_50:replay=0.6:schedule=constant") == Method(replay=0.6, schedule="constant")
