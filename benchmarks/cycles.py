@@ -26,7 +26,6 @@ from benchmarks.interleave import one_thread
 from benchmarks.results import keep_page
 from benchmarks.tables import Machine, markdown_table
 from nl_model.weights import write_durably
-from pipelines.checks import at_least
 from pipelines.compare.config import Night
 from pipelines.compare.handover import HandoverTrainer
 from pipelines.compare.material import Material, Segment, load_material, stream_of_folder
@@ -34,9 +33,10 @@ from pipelines.compare.names import head_of, lr_of, method_of
 from pipelines.compare.statistics import slope
 from pipelines.compare.trace import Trace
 from pipelines.compare.trial import Workshop
-from pipelines.gate_config import GateConfig
-from pipelines.load_config import load_config
-from pipelines.probe import Row, score
+from pipelines.config.checks import at_least
+from pipelines.config.gate import GateConfig
+from pipelines.config.load import load_config
+from pipelines.gate.probe import Row, score
 
 ORDERS = ("A", "reverse")
 LR, EPOCHS = 4e-3, 2.0

@@ -22,16 +22,16 @@ import torch
 from benchmarks.results import keep_page
 from benchmarks.small_run import Candidate, SmallRun, Tensors, plain_step
 from benchmarks.tables import Machine, markdown_table
-from cluster.judge import ending_loss
-from cluster.releases import Shard, load_release, split, write_shard
+from cluster.pool.judge import ending_loss
+from cluster.storage.releases import Shard, load_release, split, write_shard
 from nl_model.model import NestedLM
 from nl_model.optim.levelwise import build_optimizer
 from nl_model.weights import load_into
-from pipelines.config import Config
+from pipelines.config.load import load_config
+from pipelines.config.schema import Config
 from pipelines.experience import Snapshot
-from pipelines.gate import Decision, decide
-from pipelines.load_config import load_config
-from pipelines.sleep import RoundBatches
+from pipelines.gate.decision import Decision, decide
+from pipelines.sleep.round import RoundBatches
 
 SOURCES = ("cpp", "unicode", "javascript", "fonts")
 OVERRIDES = (

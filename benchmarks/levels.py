@@ -25,13 +25,13 @@ from nl_model.config import LevelConfig, OptimizerConfig
 from nl_model.model import NestedLM
 from nl_model.online import OnlineLevels
 from nl_model.optim.levelwise import build_optimizer
-from pipelines.base import BaseBatches, base_sequences
-from pipelines.config import Config
-from pipelines.control import plain_step
-from pipelines.load_config import load_config
-from pipelines.probe import score
-from pipelines.setting import Setting, open_setting
-from pipelines.sleep import learning_rate
+from pipelines.config.load import load_config
+from pipelines.config.schema import Config
+from pipelines.data.module import Setting, open_setting
+from pipelines.gate.probe import score
+from pipelines.sleep.base import BaseBatches, base_sequences
+from pipelines.sleep.control import plain_step
+from pipelines.sleep.round import learning_rate
 
 HIDDEN = 480
 """Hidden units of all fast levels of a block together; divisible by every count of levels."""

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.tables import Spread, markdown_table
-from pipelines.events import Event, read_events
-from pipelines.load_config import load_config
-from pipelines.report import read_summary
-from pipelines.setting import open_setting
+from pipelines.config.load import load_config
+from pipelines.data.module import open_setting
+from pipelines.report.events import Event, read_events
+from pipelines.report.page import read_summary
 
 SOURCES = 3
 """Sources streamed, one round's worth of each: the learner is alone on the first and beside the pool on the others."""

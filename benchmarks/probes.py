@@ -26,7 +26,7 @@ from benchmarks.results import keep_page
 from benchmarks.tables import Machine, Spread
 from nl_model.model import resolve_device
 from nl_model.weights import write_durably
-from pipelines.versions import versions
+from pipelines.report.versions import versions
 
 
 class Store:

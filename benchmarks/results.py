@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks import overhead, store, wake
 from benchmarks.tables import Machine, Spread, markdown_table
 from nl_model.weights import write_durably
-from pipelines.versions import versions
+from pipelines.report.versions import versions
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 KEPT = Path(__file__).parent / "results"

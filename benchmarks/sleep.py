@@ -20,15 +20,15 @@ from benchmarks.scaling import Cadence, Costs, Point, curve, fit_link, sleep_ste
 from benchmarks.sleep_ranks import AWAKE, BESIDE, PARALLEL, PLAIN, Ranks, Task
 from benchmarks.tables import Machine, Spread, markdown_table
 from benchmarks.traffic import file_bytes
-from cluster.releases import Release, Releases, load_release, shards_fingerprint, write_shard
+from cluster.storage.releases import Release, Releases, load_release, shards_fingerprint, write_shard
 from nl_model.model import NestedLM, resolve_device
 from nl_model.weights import parameters_of, save_tensors
-from pipelines.config import Config
+from pipelines.config.load import load_config
+from pipelines.config.schema import Config
+from pipelines.data.tokens import Tokenizer, build_tokenizer
 from pipelines.experience import ExperienceStore, Record, Snapshot
-from pipelines.guides import GuideCosts, measure_guides
-from pipelines.load_config import load_config
-from pipelines.sleep import num_steps
-from pipelines.tokens import Tokenizer, build_tokenizer
+from pipelines.sleep.guides import GuideCosts, measure_guides
+from pipelines.sleep.round import num_steps
 
 LEAST_SAVING = 20.0
 """Bytes of data-parallel training by those between learner and pool, at least."""

@@ -23,9 +23,9 @@ from benchmarks.traffic import socket_bytes
 from nl_model.losses import token_nll
 from nl_model.model import NestedLM, autocast, resolve_device
 from nl_model.optim.levelwise import build_optimizer
-from pipelines.config import Config
-from pipelines.sleep import guide_logits, sleep_loss
-from pipelines.tokens import build_tokenizer
+from pipelines.config.schema import Config
+from pipelines.data.tokens import build_tokenizer
+from pipelines.sleep.round import guide_logits, sleep_loss
 
 PLAIN, PARALLEL, AWAKE = "plain loop", "data-parallel", "wake step"
 BESIDE = "plain loops side by side"
@@ -102,7 +102,7 @@ def _run(task: Task, rank: int, world: int, port: int, answers: Any) -> None:
     """One rank, from rendezvous to its end; rank 0 answers."""
     device = resolve_device(task.cfg.compute.device)
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
-    from cluster.engine import join_group, pick_backend  # noqa: PLC0415 (after the accelerator is chosen)
+    from cluster.pool.engine import join_group, pick_backend  # noqa: PLC0415 (after the accelerator is chosen)
 
     if device.type == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
@@ -262,7 +262,7 @@ class Lessons:
 
     def sharded(self, stage: int) -> Tuple[Any, Step]:
         """An engine of a ZeRO stage, and its steps."""
-        from cluster.engine import StudentEngine  # noqa: PLC0415
+        from cluster.pool.engine import StudentEngine  # noqa: PLC0415
 
         pool = replace(self.cfg.pool, zero_stage=stage)
         engine = StudentEngine(self.model(), self.cfg.sleep.optimizer, pool, self.share)

@@ -12,8 +12,8 @@ from typing import Callable, Dict, List, Mapping, Optional
 import torch
 from torch import Tensor
 
-from cluster.judge import Judge, candidate_identity, ending_loss, gather_evidence, gather_storage
-from cluster.releases import (
+from cluster.pool.judge import Judge, candidate_identity, ending_loss, gather_evidence, gather_storage
+from cluster.storage.releases import (
     Release,
     Releases,
     Shard,
@@ -26,15 +26,15 @@ from cluster.releases import (
 from nl_model.model import NestedLM
 from nl_model.optim.levelwise import build_optimizer
 from nl_model.weights import load_into, parameters_of
-from pipelines.base import BaseBatches, base_records, base_sequences
-from pipelines.config import Config
-from pipelines.evidence import Evidence
+from pipelines.config.schema import Config
+from pipelines.data.module import open_setting
 from pipelines.experience import ExperienceStore, Record, Snapshot
-from pipelines.gate import Decision, decide
-from pipelines.probe import score
-from pipelines.setting import open_setting
-from pipelines.sleep import RoundBatches, RoundPlan, guide_logits, learning_rate, num_steps, sleep_loss
-from pipelines.wake import Awake
+from pipelines.gate.decision import Decision, decide
+from pipelines.gate.evidence import Evidence
+from pipelines.gate.probe import score
+from pipelines.sleep.base import BaseBatches, base_records, base_sequences
+from pipelines.sleep.round import RoundBatches, RoundPlan, guide_logits, learning_rate, num_steps, sleep_loss
+from pipelines.wake.awake import Awake
 
 Tensors = Dict[str, Tensor]
 WORLD = 2

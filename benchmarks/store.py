@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset
 
-from pipelines.config import StoreConfig
+from pipelines.config.schema import StoreConfig
 from pipelines.experience import ExperienceStore, Record, Snapshot, build_sampler, make_schema, records_to_batch
 
 ROWS, CONTEXT, GROUP, DRAW = 16384, 256, 512, 64

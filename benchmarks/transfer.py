@@ -28,9 +28,9 @@ from pipelines.compare.material import Material, Segment, load_material, stream_
 from pipelines.compare.pulls import frozen_copy
 from pipelines.compare.trace import fresh_model
 from pipelines.compare.trial import Workshop
-from pipelines.load_config import load_config
-from pipelines.probe import score
-from pipelines.sleep import guide_logits, learning_rate, sleep_loss
+from pipelines.config.load import load_config
+from pipelines.gate.probe import score
+from pipelines.sleep.round import guide_logits, learning_rate, sleep_loss
 
 LEAST_KEPT, MOST_LOST = 0.8, 0.02
 """Share of the awake model's gain that the student keeps, at least; bits that another source loses, at most."""

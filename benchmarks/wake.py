@@ -18,14 +18,14 @@ from nl_model.flops import forward_flops, full_step_flops, wake_step_flops
 from nl_model.model import NestedLM
 from nl_model.optim.levelwise import build_optimizer
 from nl_model.recall import Recall
-from pipelines.config import Config
-from pipelines.control import plain_step
+from pipelines.config.load import load_config
+from pipelines.config.schema import Config
+from pipelines.data.stream import Sequence
+from pipelines.data.tokens import build_tokenizer
 from pipelines.experience import Record
-from pipelines.load_config import load_config
-from pipelines.sleep import guide_logits, sleep_loss
-from pipelines.stream import Sequence
-from pipelines.tokens import build_tokenizer
-from pipelines.wake import Awake
+from pipelines.sleep.control import plain_step
+from pipelines.sleep.round import guide_logits, sleep_loss
+from pipelines.wake.awake import Awake
 
 LARGER = (
     "model.dim=256",

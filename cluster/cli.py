@@ -12,8 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.config import Config
-from pipelines.load_config import load_config, to_yaml
+from pipelines.config.load import load_config, to_yaml
+from pipelines.config.schema import Config
 
 app = typer.Typer(
     name="circadian",
@@ -48,7 +48,7 @@ def read_config(arguments: Optional[List[str]]) -> Config:
 def run(arguments: Optional[List[str]] = ARGUMENTS) -> None:
     """Run a stream: wake, sleep, gate, release. The same command again continues an existing run directory."""
     cfg = read_config(arguments)
-    from cluster.run import run as drive  # noqa: PLC0415 (torch and ray load only once the arguments are right)
+    from cluster.driver.run import run as drive  # noqa: PLC0415 (torch and ray load only once the arguments are right)
 
     raise typer.Exit(drive(cfg, Console()))
 
@@ -57,8 +57,8 @@ def run(arguments: Optional[List[str]] = ARGUMENTS) -> None:
 def validate(arguments: Optional[List[str]] = ARGUMENTS) -> None:
     """Check a configuration and its data, forecast the memory, write nothing."""
     cfg = read_config(arguments)
-    from cluster.forecast import forecast  # noqa: PLC0415
-    from pipelines.setting import open_setting  # noqa: PLC0415
+    from cluster.driver.forecast import forecast  # noqa: PLC0415
+    from pipelines.data.module import open_setting  # noqa: PLC0415
 
     setting = open_setting(cfg)
     setting.probes()
@@ -87,7 +87,7 @@ def submit(
 @app.command()
 def report(run_dir: Path = typer.Argument(..., help="A run directory.")) -> None:
     """Write report.html and its plots anew and print the figures."""
-    from pipelines.report import render_summary_table, write_report  # noqa: PLC0415
+    from pipelines.report.page import render_summary_table, write_report  # noqa: PLC0415
 
     page = write_report(run_dir)
     console = Console()
@@ -146,8 +146,8 @@ def rollback(
     to: int = typer.Option(..., "--to", metavar="RELEASE", help="Number of an earlier release."),
 ) -> None:
     """Make an earlier release live again, as a new release with the same weights; `run` goes on from there."""
-    from cluster.history import announce  # noqa: PLC0415
-    from cluster.history import rollback as restore  # noqa: PLC0415
+    from cluster.driver.history import announce  # noqa: PLC0415
+    from cluster.driver.history import rollback as restore  # noqa: PLC0415
 
     done = restore(run_dir, to)
     typer.echo(
@@ -177,7 +177,7 @@ def export(
     out: Path = typer.Argument(..., metavar="OUT", help="A new folder."),
 ) -> None:
     """Write a run's champion, or an imported model, as a directory that transformers loads."""
-    from cluster.export import export as write  # noqa: PLC0415
+    from cluster.storage.export import export as write  # noqa: PLC0415
 
     typer.echo(f"exported {write(source, out)}")
 
@@ -222,7 +222,7 @@ def store_verify(path: Path = typer.Argument(..., metavar="DIR", help="An experi
 @audit_app.command("verify")
 def audit_verify(run_dir: Path = typer.Argument(..., metavar="RUN_DIR", help="A run directory.")) -> None:
     """Check that no decision was edited, removed, moved or cut off; exits non-zero where anything is wrong."""
-    from cluster.history import verify_audit  # noqa: PLC0415
+    from cluster.driver.history import verify_audit  # noqa: PLC0415
 
     found = verify_audit(run_dir)
     typer.echo(f"entries {found.entries:,}  head {found.head}")
@@ -234,7 +234,7 @@ def audit_verify(run_dir: Path = typer.Argument(..., metavar="RUN_DIR", help="A 
 @app.command()
 def version() -> None:
     """Print the versions of Circadian and of what it stands on."""
-    from pipelines.versions import versions  # noqa: PLC0415
+    from pipelines.report.versions import versions  # noqa: PLC0415
 
     for name, number in versions().items():
         typer.echo(f"{name} {number}")

@@ -16,7 +16,7 @@ from pipelines.compare.figures import write_figures
 from pipelines.compare.options import Options
 from pipelines.compare.outcome import build_outcome, page
 from pipelines.compare.runner import Chosen, Comparison, read_chosen
-from pipelines.config import Config
+from pipelines.config.schema import Config
 
 
 def numbers(given: str, key: str) -> Tuple[float, ...]:

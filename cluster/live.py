@@ -19,7 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.events import Event, describe_round, short_number
+from pipelines.report.events import Event, describe_round, short_number
 
 WAKE_SECONDS = 5.0  # least time between two plain lines about waking
 LIT_SECONDS = 2.0  # how long a written level stays lit

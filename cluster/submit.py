@@ -21,8 +21,8 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 from rich.console import Console
 
-from pipelines.config import Config
-from pipelines.load_config import config_hash, to_yaml
+from pipelines.config.load import config_hash, to_yaml
+from pipelines.config.schema import Config
 
 CONNECT_TIMEOUT = 10.0
 """Seconds after which a dashboard that does not answer counts as unreachable."""

@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 
 import psutil
 
-from pipelines.events import read_events
+from pipelines.report.events import read_events
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 240.0

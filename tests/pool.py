@@ -13,15 +13,15 @@ from typing import Any, Callable, Dict, List
 import pytest
 import torch
 
-from cluster.releases import Release, Releases, shards_fingerprint, write_shard
+from cluster.storage.releases import Release, Releases, shards_fingerprint, write_shard
 from nl_model.model import NestedLM
 from nl_model.weights import parameters_of, save_tensors
-from pipelines.base import base_records, base_sequences
-from pipelines.config import Config
+from pipelines.config.load import load_config
+from pipelines.config.schema import Config
+from pipelines.data.module import Setting, open_setting
 from pipelines.experience import ExperienceStore, Record
-from pipelines.load_config import load_config
-from pipelines.setting import Setting, open_setting
-from pipelines.sleep import RoundPlan
+from pipelines.sleep.base import base_records, base_sequences
+from pipelines.sleep.round import RoundPlan
 from tests.harness import ROOT
 
 RECENT = 128
@@ -75,7 +75,7 @@ def own_cluster() -> Iterator[None]:
     """A Ray cluster of this process alone."""
     import ray
 
-    from cluster.run import start_ray
+    from cluster.driver.run import start_ray
 
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("RAY_")]:

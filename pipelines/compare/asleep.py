@@ -22,10 +22,10 @@ from pipelines.compare.config import Night
 from pipelines.compare.memory import Memory
 from pipelines.compare.meter import Meter
 from pipelines.compare.pulls import frozen_copy
-from pipelines.config import Config
-from pipelines.lesson import Lesson
-from pipelines.sleep import learning_rate
-from pipelines.student import Expansion, expand, student_step_flops
+from pipelines.config.schema import Config
+from pipelines.sleep.objective import Lesson
+from pipelines.sleep.round import learning_rate
+from pipelines.sleep.student import Expansion, expand, student_step_flops
 
 DREAM_PROMPT = 16
 """Tokens of stored text that a dream begins with."""

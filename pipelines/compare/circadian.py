@@ -1,4 +1,4 @@
-"""Circadian in one process: wake and sleep as pipelines/wake.py and sleep.py have them, on a memory of bounded size.
+"""Circadian in one process: wake and sleep as their rooms have them, on a memory of bounded size.
 
 Nothing runs beside anything here, so that a trial is a function of its settings; what a run does in parallel counts the
 same FLOPs. Shapes: B sequences, T predicted tokens, S = T + 1.
@@ -26,11 +26,11 @@ from pipelines.compare.memory import Memory
 from pipelines.compare.meter import Meter
 from pipelines.compare.pulls import frozen_copy
 from pipelines.compare.trace import Trace, fresh_model, fresh_recall
-from pipelines.config import Config
-from pipelines.evidence import Evidence, Storage
-from pipelines.gate import check_forgetting, check_loss, decide
-from pipelines.probe import Score, measure
-from pipelines.sleep import learning_rate, merge_weights
+from pipelines.config.schema import Config
+from pipelines.gate.decision import check_forgetting, check_loss, decide
+from pipelines.gate.evidence import Evidence, Storage
+from pipelines.gate.probe import Score, measure
+from pipelines.sleep.round import learning_rate, merge_weights
 
 GATES = 1
 """Times per segment that the gate judges: when its nights have cooled down. In the middle of a schedule, at the largest

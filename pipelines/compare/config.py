@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Dict
 
-from pipelines.checks import at_least, one_of, share
+from pipelines.config.checks import at_least, one_of, share
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from pipelines.compare.names import CHANGE
-from pipelines.plots import COLOURS, DASHES, INK, save
+from pipelines.report.plots import COLOURS, DASHES, INK, save
 
 COLUMNS = 4
 

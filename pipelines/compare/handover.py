@@ -20,7 +20,7 @@ from pipelines.compare.asleep import Gradients
 from pipelines.compare.circadian import CircadianTrainer
 from pipelines.compare.config import Night
 from pipelines.compare.material import Segment
-from pipelines.config import Config
+from pipelines.config.schema import Config
 
 LEAST_REPLAY = 0.5
 """FLOPs that every new sequence which sleep takes must leave for replay, at least, in those of training on it."""

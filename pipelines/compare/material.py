@@ -14,10 +14,10 @@ from typing import Dict, List, Sequence, Tuple
 
 import numpy as np
 
-from pipelines.base import base_sequences
-from pipelines.config import Config
-from pipelines.setting import Setting, open_setting
-from pipelines.stream import Probe
+from pipelines.config.schema import Config
+from pipelines.data.module import Setting, open_setting
+from pipelines.data.stream import Probe
+from pipelines.sleep.base import base_sequences
 
 GATE_SEQUENCES = 4
 """Held-out sequences per source that gates look at; their FLOPs count like all others."""

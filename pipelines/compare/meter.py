@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Dict
 
 from nl_model.flops import forward_flops, full_step_flops, wake_step_flops
-from pipelines.config import Config
+from pipelines.config.schema import Config
 
 
 @dataclass

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Tuple
 
-from pipelines.checks import at_least, one_of, share
 from pipelines.compare.config import REGIMES
 from pipelines.compare.names import lr_of, method_of
+from pipelines.config.checks import at_least, one_of, share
 
 EXTRA_RATES = 2
 """Step sizes beyond the grid."""

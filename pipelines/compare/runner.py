@@ -16,7 +16,7 @@ from pipelines.compare.material import Material, load_material
 from pipelines.compare.names import head_of, is_changed, lr_of, method_of
 from pipelines.compare.options import EXTRA_RATES, Options
 from pipelines.compare.trial import WAIT, Key, Workshop
-from pipelines.config import Config
+from pipelines.config.schema import Config
 
 OURS, ABLATION = "circadian", "circadian_"
 Report = Callable[[str, int, int, Dict[str, Any]], None]

@@ -18,8 +18,8 @@ from nl_model.recall import Recall
 from nl_model.weights import load_into
 from pipelines.compare.material import Material
 from pipelines.compare.meter import Meter
-from pipelines.config import Config
-from pipelines.probe import Row, read_matrix, score
+from pipelines.config.schema import Config
+from pipelines.gate.probe import Row, read_matrix, score
 
 POINTS = 40
 """Points of the online-loss curve."""

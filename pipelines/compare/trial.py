@@ -19,16 +19,16 @@ from torch import Tensor
 from nl_model.model import NestedLM, resolve_device
 from nl_model.optim.levelwise import build_optimizer
 from nl_model.weights import load_tensors, save_tensors, write_durably
-from pipelines.base import BaseBatches
 from pipelines.compare.circadian import CircadianTrainer
 from pipelines.compare.config import REGIMES, Method
 from pipelines.compare.handover import PLENTY, HandoverTrainer
 from pipelines.compare.material import Material
 from pipelines.compare.meter import Meter
 from pipelines.compare.plain import JointTrainer, PlainTrainer
-from pipelines.config import Config
-from pipelines.load_config import config_hash
-from pipelines.sleep import learning_rate
+from pipelines.config.load import config_hash
+from pipelines.config.schema import Config
+from pipelines.sleep.base import BaseBatches
+from pipelines.sleep.round import learning_rate
 
 RULES = {"plain": 4, "joint": 1, "circadian": 5}
 """By family; raised whenever trials of the same settings come out differently than before. Older ones are not read."""

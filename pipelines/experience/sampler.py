@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.config.sleep import SAMPLERS
 from pipelines.experience.snapshot import Snapshot
-from pipelines.sleep_config import SAMPLERS
 
 Rows = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipelines.config import StoreConfig
+from pipelines.config.schema import StoreConfig
 from pipelines.experience.disk import ConflictError, Lock, StoreFullError, sync_directory
 from pipelines.experience.manifest import Entry, Manifest, State
 from pipelines.experience.schema import DREAM_KEY, Record, layout, make_schema, records_to_batch

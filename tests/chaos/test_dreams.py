@@ -11,8 +11,8 @@ import numpy as np
 import psutil
 import pytest
 
-from cluster.releases import Releases
-from pipelines.dream_file import read_dreams
+from cluster.storage.releases import Releases
+from pipelines.dreams.file import read_dreams
 from pipelines.experience import KINDS, Snapshot
 from tests.harness import TIMEOUT, Run, environment
 
@@ -22,7 +22,7 @@ OVERRIDES = ("control.enabled=false", "pool.ranks=1", "stream.max_source_bytes=1
 DRIVER = """
 import os, signal
 from cluster.cli import main
-from cluster.coordinator import Coordinator
+from cluster.driver.coordinator import Coordinator
 
 store = Coordinator._store_dreams
 

@@ -13,7 +13,7 @@ import ray.autoscaler
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from pipelines.load_config import load_config
+from pipelines.config.load import load_config
 
 FILE = Path(__file__).resolve().parents[2] / "ray_cluster.yaml"
 Tree = Dict[str, Any]

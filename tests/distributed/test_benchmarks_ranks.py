@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.sleep_ranks import AWAKE, BESIDE, PARALLEL, PLAIN, Task, measure
-from pipelines.load_config import load_config
+from pipelines.config.load import load_config
 
 pytestmark = pytest.mark.timeout(240)
 

@@ -14,10 +14,10 @@ import psutil
 import pytest
 import torch
 
-from cluster.failures import Budgets
-from cluster.releases import Releases, shards_fingerprint
-from cluster.rounds import RoundRunner
-from cluster.worker_group import WorkerGroup
+from cluster.driver.failures import Budgets
+from cluster.pool.group import WorkerGroup
+from cluster.pool.rounds import RoundRunner
+from cluster.storage.releases import Releases, shards_fingerprint
 from nl_model.weights import load_tensors
 from tests.harness import same_process
 from tests.pool import Bench, own_cluster, prepare, wait_for
@@ -78,7 +78,7 @@ def train(bench: Bench) -> Callable[[int, int], Trained]:
 
 
 def test_the_switch_that_spares_a_compiler_is_still_there() -> None:
-    # cluster/engine.py turns this internal name off; renamed, every CPU host would silently compile at the first start.
+    # cluster/pool/engine.py turns this internal name off; renamed, every CPU host would silently compile at first.
     import deepspeed
 
     assert "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__

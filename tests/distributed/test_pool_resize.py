@@ -14,12 +14,12 @@ from typing import Any, Dict, List
 import pytest
 import torch
 
-from cluster.consolidator import MOMENTS
-from cluster.releases import Release, Releases, shards_fingerprint
-from cluster.training_state import MARKER
-from cluster.worker_group import PoolError, WorkerGroup
+from cluster.pool.group import PoolError, WorkerGroup
+from cluster.pool.worker import MOMENTS
+from cluster.storage.releases import Release, Releases, shards_fingerprint
+from cluster.storage.training_state import MARKER
 from nl_model.weights import load_tensors
-from pipelines.sleep import RoundPlan
+from pipelines.sleep.round import RoundPlan
 from tests.pool import Bench, own_cluster, prepare, wait_for
 
 pytestmark = pytest.mark.timeout(600)

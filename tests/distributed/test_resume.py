@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.releases import Releases, load_release
+from cluster.storage.releases import Releases, load_release
 from nl_model.weights import load_tensors
 from pipelines.experience import Snapshot
 from tests.harness import Run

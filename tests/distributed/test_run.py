@@ -19,13 +19,13 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.releases import Releases, load_release, read_release, split
+from cluster.storage.releases import Releases, load_release, read_release, split
 from nl_model.model import NestedLM
 from nl_model.weights import load_into
-from pipelines.events import build_timeline
+from pipelines.config.load import load_config
+from pipelines.data.module import open_setting
 from pipelines.experience import Snapshot
-from pipelines.load_config import load_config
-from pipelines.setting import open_setting
+from pipelines.report.events import build_timeline
 from tests.harness import TIMEOUT, Run, circadian, environment
 
 pytestmark = pytest.mark.timeout(400)

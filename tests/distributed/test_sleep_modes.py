@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster.releases import Release, Releases, shards_fingerprint, write_shard
+from cluster.storage.releases import Release, Releases, shards_fingerprint, write_shard
 from nl_model.model import NestedLM
 from nl_model.weights import load_tensors, parameters_of, save_tensors
+from pipelines.config.load import load_config
+from pipelines.data.module import open_setting
+from pipelines.data.stream import Sequence as StreamSequence
 from pipelines.experience import ExperienceStore, Record
-from pipelines.load_config import load_config
-from pipelines.setting import open_setting
-from pipelines.sleep import RoundPlan
-from pipelines.stream import Sequence as StreamSequence
+from pipelines.sleep.round import RoundPlan
 
 RANK, STEPS, ROWS = 3, 6, 64
 MERGED = 0.25
@@ -73,7 +73,7 @@ def prepare(run_dir: Path) -> RoundPlan:
 
 def work(run_dir: str, plan: RoundPlan, answers: Any) -> None:
     """One rank, all cases."""
-    from cluster.consolidator import ConsolidationWorker
+    from cluster.pool.worker import ConsolidationWorker
 
     state = open_setting(load_config("smoke")).tokenizer.state()
     for number, (mode, stage, merge) in enumerate(CASES):

@@ -21,7 +21,7 @@ from typing import Dict, Iterator, List
 import pytest
 
 from cluster.submit import job_config, submission_id
-from pipelines.load_config import load_config
+from pipelines.config.load import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "0123456789abcdef0123456789abcdef"

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from pipelines import tracking
-from pipelines.tracking import ALIAS, Tracking, default_uri
+from pipelines.report import tracking
+from pipelines.report.tracking import ALIAS, Tracking, default_uri
 
 NAME = "night-1"
 
@@ -179,7 +179,7 @@ def test_mlflow_away_holds_up_nobody_and_loses_nothing(tmp_path: Path, caplog: p
     blocked = tmp_path / "root"
     blocked.write_text("in the way")
     uri = default_uri(blocked)
-    with caplog.at_level(logging.WARNING, logger="pipelines.tracking"):
+    with caplog.at_level(logging.WARNING, logger="pipelines.report.tracking"):
         tracker = open_tracking(uri, run_dir)
         tracker.log_metrics({"online_bpb/cpp": 3.0}, step=1)
         assert tracker.start_round(1, 1, run_dir / "store", {}) is None

@@ -13,7 +13,7 @@ import torch
 
 from nl_model.config import LevelConfig, ModelConfig, OptimizerConfig
 from nl_model.model import NestedLM
-from pipelines.config import (
+from pipelines.config.schema import (
     BaseConfig,
     Config,
     PoolConfig,
@@ -43,7 +43,7 @@ def group(_process_group: None) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def _process_group() -> Iterator[None]:
     """A process group of one over gloo; one for all tests of a process, because DeepSpeed remembers the first."""
-    from cluster.engine import join_group
+    from cluster.pool.engine import join_group
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DS_ACCELERATOR", "cpu")

@@ -8,8 +8,8 @@ from typing import Dict, Iterator, List, Set
 
 import pytest
 
-from pipelines.config import Config
-from pipelines.load_config import load_config, shipped_configs, to_yaml
+from pipelines.config.load import load_config, shipped_configs, to_yaml
+from pipelines.config.schema import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 LADDER: Dict[str, Set[str]] = {
@@ -56,10 +56,10 @@ def test_imports_go_down_only(package: str) -> None:
     ("package", "source", "bad"),
     [
         ("nl_model", "import pyarrow.ipc", {"pyarrow"}),
-        ("nl_model", "def f() -> None:\n    from pipelines.config import Config", {"pipelines"}),
+        ("nl_model", "def f() -> None:\n    from pipelines.config.schema import Config", {"pipelines"}),
         ("pipelines", "import importlib\nimportlib.import_module('deepspeed.zero')", {"deepspeed"}),
         ("pipelines", "import mlflow, pyarrow, torch\nfrom nl_model.model import NestedLM", set()),
-        ("cluster", "import ray, deepspeed\nfrom pipelines.config import Config", set()),
+        ("cluster", "import ray, deepspeed\nfrom pipelines.config.schema import Config", set()),
         ("cluster", "from tests.unit import helpers", {"tests"}),
     ],
 )

@@ -1,0 +1,83 @@
+"""Release 0: a checkpoint somebody names, a cached base, or a base pretrained now."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any, Callable, List, Tuple
+
+import torch
+
+from cluster.pool.group import WorkerGroup
+from cluster.pool.rounds import RoundRunner
+from cluster.storage.releases import Release, Releases, load_release, shards_fingerprint, split, write_shard
+from nl_model.model import NestedLM
+from nl_model.weights import load_into
+from pipelines.config.schema import Config
+from pipelines.data.module import Setting
+from pipelines.data.stream import Sequence
+from pipelines.sleep.base import base_hash, base_sequences
+
+CACHE = ".bases"
+
+
+def prepare_base(
+    cfg: Config, run_dir: Path, setting: Setting, runner: RoundRunner, emit: Callable[..., Any]
+) -> Tuple[List[Sequence], float]:
+    """Make sure the run has a release 0; returns the base mixture (to be stored as experience) and the FLOPs spent."""
+    releases = runner.releases
+    if cfg.base.checkpoint is not None:
+        if 0 not in releases.numbers():
+            _from_checkpoint(cfg, setting, releases)
+            emit("base_finished", origin="checkpoint", tokens=0, seconds=0.0)
+        return [], 0.0
+    sequences = base_sequences(setting.corpus, setting.tokenizer, cfg, setting.base_sources)
+    if 0 in releases.numbers():
+        return sequences, 0.0
+    start = time.perf_counter()
+    cache = Releases(run_dir.parent / CACHE / base_hash(cfg, setting.base_sources, sequences))
+    origin, flops = "cached", 0.0
+    if 0 not in cache.numbers():
+        origin = "pretrained"
+
+        def pretrain(group: WorkerGroup) -> List[Any]:
+            directory = cache.prepare(0)
+            calls = group.async_call("pretrain", str(directory))
+            return group.collect(calls)
+
+        emit("base_started", tokens=cfg.base.tokens, sources=setting.base_sources)
+        ranks = runner.with_pool(pretrain)
+        runner.publish_base(cache.directory(0), ranks)
+        flops = sum(rank.flops for rank in ranks)
+    _copy(cache.directory(0), releases)
+    seconds = time.perf_counter() - start
+    emit("base_finished", origin=origin, tokens=cfg.base.tokens, seconds=seconds)
+    return sequences, flops
+
+
+def _copy(source: Path, releases: Releases) -> None:
+    """Copy a release; the marker goes last, so that a crash leaves no half release behind."""
+    release, directory = Releases(source.parent).read(0), releases.prepare(0)
+    for shard in release.shards:
+        shutil.copy2(source / shard.file, directory / shard.file)
+    releases.publish(release)
+
+
+def _from_checkpoint(cfg: Config, setting: Setting, releases: Releases) -> None:
+    """Turn a release of another run into release 0 of this one; levels it lacks start neutral."""
+    assert cfg.base.checkpoint is not None
+    weights = split(load_release(Path(cfg.base.checkpoint)), "weight")
+    model = NestedLM(cfg.model, cfg.levels, setting.tokenizer.vocab_size).reset_parameters(cfg.run.seed)
+    missing = [n for n in model.owned_by("pool") if n not in weights]
+    if missing:
+        raise ValueError(
+            f"base.checkpoint={cfg.base.checkpoint} lacks {missing[0]!r} and {len(missing) - 1} more parameters of the "
+            "pool's levels; use the model and levels it was made with"
+        )
+    load_into(model, weights)
+    state = {name: p.detach() for name, p in model.named_parameters()}
+    tensors = {f"weight/{n}": t for n, t in state.items()}
+    tensors.update({f"offset/{n}": torch.zeros_like(state[n]) for n in model.owned_by("learner")})
+    shard = write_shard(releases.prepare(0), 0, 1, tensors)
+    releases.publish(Release(0, None, 0, 0, -1, 0, shards_fingerprint([shard]), [shard], {"from": cfg.base.checkpoint}))

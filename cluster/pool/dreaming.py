@@ -1,0 +1,73 @@
+"""Dreams in a round: rank 0 dreams and leaves a file beside the candidate, every rank trains on it.
+
+A promoted candidate's file becomes part of its release; the experience service copies it into the store before the
+coordinator notes the round as settled. So a crash at any point repeats what it must: the same plan gives the same
+dreams, and their keys depend on round and number alone, so that none comes twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Optional, Tuple
+
+import numpy as np
+import torch
+
+from cluster.storage.releases import Releases
+from nl_model.model import NestedLM
+from pipelines.config.schema import Config
+from pipelines.data.tokens import Tokenizer
+from pipelines.dreams.dream import dream, to_records
+from pipelines.dreams.file import read_dreams, write_dreams
+from pipelines.dreams.report import night_record
+from pipelines.experience import Snapshot
+from pipelines.sleep.round import RoundPlan
+
+
+@dataclass(frozen=True)
+class NightShare:
+    """What one rank has of the dreams of a round."""
+
+    tokens: Optional[np.ndarray] = None
+    """int64 (dreams, S); None where dreaming is off."""
+    record: Optional[Dict[str, Any]] = None
+    """Rank 0: what the round's record says of them."""
+    passes: float = 0.0
+    """Rank 0: their cost in forward passes over one token."""
+
+
+def dream_together(
+    cfg: Config,
+    plan: RoundPlan,
+    snapshot: Snapshot,
+    awake: NestedLM,
+    directory: Path,
+    tokenizer: Tokenizer,
+    place: Tuple[int, int],
+) -> NightShare:
+    """Dream on rank 0, and give every rank the dreams. All ranks must call it.
+
+    Args:
+        directory: the candidate's, seen by all ranks.
+        place: (rank, number of ranks).
+    """
+    if not cfg.dreams.share:
+        return NightShare()
+    rank, world = place
+    record, passes = None, 0.0
+    if rank == 0:
+        night = dream(awake, snapshot, plan, cfg.dreams, cfg.compute.precision)
+        write_dreams(directory, to_records(night, snapshot, plan), snapshot.context, tokenizer.dtype)
+        record, passes = night_record(night, snapshot, plan.dreams_stored, tokenizer.decode), night.passes
+    if world > 1:
+        torch.distributed.barrier()
+    rows = [one.tokens for one in read_dreams(directory)]
+    tokens = np.stack(rows) if rows else np.empty((0, snapshot.context + 1), np.int64)
+    return NightShare(tokens, record, passes)
+
+
+def dreams_stored(releases: Releases, live: int) -> int:
+    """Dreams in the store once everything up to a release is settled: its record keeps the running sum."""
+    dreams = releases.read(live).record.get("dreams") or {}
+    return int(dreams.get("stored", 0))

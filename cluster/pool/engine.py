@@ -1,0 +1,243 @@
+"""A student model inside a DeepSpeed engine: ZeRO 0 to 3, gloo or NCCL, one rank per process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Dict, Iterable, Iterator, List, Optional, Tuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn import functional as F
+
+from nl_model.config import OptimizerConfig
+from nl_model.model import NestedLM
+from nl_model.optim.levelwise import build_optimizer
+from pipelines.config.pool import PoolConfig
+
+if TYPE_CHECKING:
+    from cluster.storage.training_state import TrainingState
+
+# DeepSpeed's autotuner, unused here, would import MLflow where it is installed: two seconds for every rank.
+hidden = "mlflow" not in sys.modules
+if hidden:
+    sys.modules["mlflow"] = None  # type: ignore[assignment]
+import deepspeed  # noqa: E402
+from deepspeed.utils import (  # noqa: E402
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+
+if hidden:
+    del sys.modules["mlflow"]
+
+
+def join_group(rank: int, world: int, address: str, port: int, backend: str, timeout: float) -> None:
+    """Rendezvous of one rank. Errors of torch.distributed pass through; a silent peer is given up after `timeout` s."""
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0")
+    # Training never uses DeepSpeed's shared-memory op; left on, every CPU host compiles it at the first start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        backend,
+        auto_mpi_discovery=False,
+        timeout=timedelta(seconds=timeout),
+        verbose=False,
+        rank=rank,
+        world_size=world,
+    )
+
+
+def pick_backend(backend: str, device: torch.device) -> str:
+    """nccl on a GPU, gloo elsewhere, unless the configuration names one."""
+    if backend != "auto":
+        return backend
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+class StudentEngine:
+    """Trains a model with ZeRO.
+
+    Args:
+        model: float32, on its device, identical on all ranks.
+        optimizer: settings of the pool's optimizer.
+        pool: stage, precision of the weights, passes per step, activation checkpointing.
+        share: sequences per rank and step.
+        frozen: names of parameters to leave as they are.
+        state: what to take the moments from; its weights are the caller's to load into the model.
+    """
+
+    def __init__(
+        self,
+        model: NestedLM,
+        optimizer: OptimizerConfig,
+        pool: PoolConfig,
+        share: int,
+        frozen: Iterable[str] = (),
+        state: Optional[TrainingState] = None,
+    ) -> None:
+        kept = set(frozen)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in kept)
+        model.checkpointing = pool.activation_checkpointing
+        self.stage, self.bf16, self.passes = pool.zero_stage, pool.bf16_weights, pool.passes(share)
+        self.names = [name for name, _ in model.named_parameters()]
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        # DeepSpeed rounds the weights before it copies its masters: these are what they were.
+        exact = {n: p.detach().clone() for n, p in model.named_parameters()} if self.bf16 else {}
+        self.engine, self.optimizer, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=build_optimizer(parameters, optimizer),
+            model_parameters=parameters,
+            config=_settings(optimizer.clip, pool, share // self.passes, self.passes, parameters),
+        )
+        self.frozen = {name: exact[name] for name in kept if self.bf16}
+        for name, parameter in self._trained() if self.bf16 else ():
+            self._set_master(parameter, exact[name])
+        if state is not None:
+            self._load_moments(state)
+
+    def __call__(self, tokens_BT: Tensor) -> Tensor:
+        """Logits (B, T, V)."""
+        return self.engine(tokens_BT)
+
+    def step(self, loss: Tensor, lr: float) -> None:
+        """Backward of one pass; after the last of a step: average over ranks, clip, and write with step size `lr`.
+
+        Args:
+            loss: mean over the sequences of the pass; a step's gradient is that of the mean over its passes.
+            lr: step size.
+        """
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.backward(loss)
+        self.engine.step()
+
+    def weights(self) -> Iterator[Tuple[str, Tensor]]:
+        """Full float32 parameters by name, gathered one at a time. A collective: every rank must walk through all."""
+        for name, parameter in self._parameters():
+            if self.bf16:
+                whole = safe_get_full_fp32_param(parameter) if parameter.requires_grad else self.frozen[name]
+                yield name, whole.detach().cpu().clone()
+            else:
+                with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
+                    yield name, parameter.detach().cpu().clone()
+
+    def state(self, weights: bool = True) -> Iterator[Tuple[str, Tensor]]:
+        """`weight/NAME` (if wanted) and `MOMENT/NAME`, full and float32, one at a time. A collective like `weights`."""
+        if weights:
+            yield from ((f"weight/{name}", tensor) for name, tensor in self.weights())
+        for moment in self._moments():
+            for name, parameter in self._trained():
+                if self.stage:
+                    whole = safe_get_full_optimizer_state(parameter, moment)
+                else:
+                    whole = self._inner.state[parameter][moment]
+                yield f"{moment}/{name}", whole.detach().cpu().clone()
+
+    def counters(self) -> Dict[str, float]:
+        """The optimizer's own counters, which are the same for all parameters."""
+        first: Dict[str, Any] = next(iter(self._inner.state.values()), {})
+        return {key: float(value) for key, value in first.items() if torch.is_tensor(value) and not value.dim()}
+
+    def optimizer_bytes(self) -> int:
+        """Bytes of optimizer state that this rank holds (moments and fp32 copies of its shard)."""
+        seen: Dict[int, int] = {}
+        for tensor in (v for s in self._inner.state.values() for v in s.values()):
+            if torch.is_tensor(tensor) and tensor.numel() > 1:
+                seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return sum(seen.values())
+
+    def close(self) -> None:
+        """Free the engine's hooks and buffers."""
+        self.engine.destroy()
+
+    @property
+    def _inner(self) -> Any:
+        """The torch optimizer inside ZeRO's."""
+        return getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
+
+    def _parameters(self) -> Iterator[Tuple[str, Parameter]]:
+        return zip(self.names, self.engine.module.parameters(), strict=True)
+
+    def _trained(self) -> Iterator[Tuple[str, Parameter]]:
+        return ((name, parameter) for name, parameter in self._parameters() if parameter.requires_grad)
+
+    def _moments(self) -> List[str]:
+        """Names of what the optimizer keeps per number of a parameter; empty before its first step."""
+        first: Dict[str, Any] = next(iter(self._inner.state.values()), {})
+        return sorted(key for key, value in first.items() if torch.is_tensor(value) and value.dim())
+
+    def _shards(self) -> List[Tensor]:
+        """What the torch optimizer steps: parameters, or this rank's flat part of them."""
+        if not self.stage:
+            return [parameter for _, parameter in self._trained()]
+        zero = self.engine.optimizer
+        return list(zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups)
+
+    def _local(self, parameter: Parameter, whole: Tensor) -> Tensor:
+        """This rank's part of a parameter under ZeRO 3."""
+        return equal_part(whole, safe_get_local_fp32_param(parameter).numel(), torch.distributed.get_rank())
+
+    def _set_master(self, parameter: Parameter, whole: Tensor) -> None:
+        if self.stage == 3:
+            safe_set_local_fp32_param(parameter, self._local(parameter, whole))
+        else:
+            safe_set_full_fp32_param(parameter, whole)
+
+    def _load_moments(self, state: TrainingState) -> None:
+        """Give the optimizer the moments and counters of a state; parameters it knows nothing of start with none."""
+        moments, inner = state.moments(), self._inner
+        for shard in self._shards():
+            fresh: Dict[str, Tensor] = {moment: torch.zeros_like(shard) for moment in moments}
+            for counter, value in state.counters.items():
+                fresh[counter] = torch.tensor(value, dtype=torch.float32, device=shard.device)
+            inner.state[shard] = fresh
+        if self.stage in (1, 2):
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()  # else it would do so after the first step
+        for moment in moments:
+            for name, parameter in self._trained():
+                whole = state.get(f"{moment}/{name}")
+                if whole is not None:
+                    self._set_moment(parameter, whole.to(parameter.device), moment)
+
+    def _set_moment(self, parameter: Parameter, whole: Tensor, moment: str) -> None:
+        if self.stage == 3:
+            safe_set_local_optimizer_state(parameter, self._local(parameter, whole), moment)
+        elif self.stage:
+            safe_set_full_optimizer_state(parameter, whole, moment)
+        else:
+            self._inner.state[parameter][moment].copy_(whole)
+
+
+def equal_part(whole: Tensor, size: int, rank: int) -> Tensor:
+    """Numbers rank * size to (rank + 1) * size of a flattened tensor, zeros behind its end: how ZeRO 3 cuts."""
+    part = whole.flatten()[rank * size : (rank + 1) * size]
+    return F.pad(part, (0, size - part.numel()))
+
+
+def _settings(
+    clip: float, pool: PoolConfig, micro_batch: int, passes: int, parameters: List[Parameter]
+) -> Dict[str, Any]:
+    """DeepSpeed's configuration."""
+    # It allocates whole buckets (2 GB by default), and deterministic mode fills them at every step.
+    bucket = min(500_000_000, sum(p.numel() for p in parameters))
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": passes,
+        "gradient_clipping": clip,
+        "zero_optimization": {
+            "stage": pool.zero_stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
+        "bf16": {"enabled": pool.bf16_weights},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }

@@ -1,0 +1,190 @@
+"""YAML and key=value overrides into a checked `Config`, and back into YAML."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import typing
+from dataclasses import asdict, fields, is_dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Sequence, Tuple
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipelines.config.schema import Config
+
+SHIPPED = "pipelines.config.shipped"
+PRESETS = "pipelines.config.sizes"
+# Keys that say where and how fast a run computes, not what it computes: they may differ when a run is continued.
+FREE_ON_RESUME = (
+    *("run.root", "ray", "failures", "tracking", "control"),
+    *("pool.timeout", "pool.start_timeout", "pool.release_after_round", "pool.backend", "pool.checkpoint_every"),
+    # A pool of another size computes the same but for rounding: rounds, and what they left, know nothing of ranks.
+    *("pool.ranks", "pool.zero_stage", "pool.micro_batch", "pool.activation_checkpointing"),
+)
+
+
+def shipped_configs() -> List[str]:
+    """Names of the configurations that come with the package, without .yaml."""
+    return _names(SHIPPED)
+
+
+def presets() -> List[str]:
+    """Names of the shipped presets: sizes of a model and its stream, to be laid over any configuration."""
+    return _names(PRESETS)
+
+
+def _names(package: str) -> List[str]:
+    return sorted(Path(p.name).stem for p in resources.files(package).iterdir() if p.name.endswith(".yaml"))
+
+
+def read_yaml(name: str) -> Dict[str, Any]:
+    """A YAML mapping from a file, or from the shipped configuration of that name."""
+    if Path(name).is_file():
+        text = Path(name).read_text(encoding="utf-8")
+    elif name in shipped_configs():
+        text = (resources.files(SHIPPED) / f"{name}.yaml").read_text(encoding="utf-8")
+    else:
+        raise ValueError(f"no configuration file {name!r}; give a path, or one of {', '.join(shipped_configs())}")
+    return _parse(text, name)
+
+
+def _read_preset(name: str) -> Dict[str, Any]:
+    if name not in presets():
+        raise ValueError(f"--preset {name!r} is unknown; use one of {', '.join(presets())}, or none")
+    return _parse((resources.files(PRESETS) / f"{name}.yaml").read_text(encoding="utf-8"), name)
+
+
+def _parse(text: str, name: str) -> Dict[str, Any]:
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{name} must hold a mapping of sections, not a {type(tree).__name__}")
+    return tree
+
+
+def load_config(name: str = "default", overrides: Sequence[str] = (), preset: str = "") -> Config:
+    """Defaults, then the file, then a shipped preset of sizes, then the overrides; everything checked.
+
+    ValueError names the key and the remedy.
+    """
+    tree = read_yaml(name)
+    _check_keys(tree, Config, "", name)
+    if preset:
+        sizes = _read_preset(preset)
+        tree = {**tree, **{section: {**(tree.get(section) or {}), **values} for section, values in sizes.items()}}
+        tree["levels"] = sizes.get("levels", tree.get("levels"))
+    _check_overrides(overrides)
+    try:
+        base = OmegaConf.structured(Config)
+        _make_writable(base)
+        if "levels" in tree:  # a file that names levels names all of them
+            base.levels = {}
+        given = OmegaConf.from_dotlist(list(overrides))
+        _check_keys(OmegaConf.to_container(given), Config, "", "the command line")
+        _check_levels_named(given.get("levels") or {}, [*base.levels, *(tree.get("levels") or {})])
+        merged = OmegaConf.merge(base, tree, given)
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ValueError(_plain(error)) from None
+    assert isinstance(config, Config)
+    return config
+
+
+def _plain(error: OmegaConfBaseException) -> str:
+    key = getattr(error, "full_key", None)
+    message = str(error).splitlines()[0]
+    return f"{key}: {message}" if key else message
+
+
+def _make_writable(node: Any) -> None:
+    """OmegaConf makes frozen dataclasses read-only; overrides have to reach them before they are built."""
+    OmegaConf.set_readonly(node, False)
+    if OmegaConf.is_dict(node):
+        for key in node:
+            if OmegaConf.is_config(node[key]):
+                _make_writable(node[key])
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    for item in overrides:
+        if "=" not in item or item.startswith("="):
+            raise ValueError(f"override {item!r} is not of the form key=value, for instance run.name=first")
+
+
+def _check_keys(tree: Any, kind: Any, prefix: str, where: str) -> None:
+    """Raise ValueError for the first key that the dataclass `kind` does not have, with the nearest one that it has."""
+    if not isinstance(tree, Mapping):
+        if is_dataclass(kind) or typing.get_origin(kind) is dict:
+            raise ValueError(f"{where}: {prefix.rstrip('.')}={tree!r} must be a section with keys of its own")
+        return
+    if typing.get_origin(kind) is dict:
+        for key, value in tree.items():
+            _check_keys(value, typing.get_args(kind)[1], f"{prefix}{key}.", where)
+        return
+    if not is_dataclass(kind):
+        raise ValueError(f"{where}: {prefix.rstrip('.')} is a single value, it has no keys of its own")
+    hints = typing.get_type_hints(kind)
+    known = [f.name for f in fields(kind)]
+    for key, value in tree.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1) or _elsewhere(str(key))
+            hint = f"did you mean {_joined(prefix, near[0])!r}?" if near else f"known here: {', '.join(known)}"
+            raise ValueError(f"{where}: unknown key {_joined(prefix, str(key))!r}; {hint}")
+        _check_keys(value, hints[key], f"{prefix}{key}.", where)
+
+
+def _check_levels_named(given: Mapping[str, Any], known: Sequence[str]) -> None:
+    """A level on the command line that is not in the file is a new one, unless it looks like a slip of the pen."""
+    for name in given:
+        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.75) if name not in known else []
+        if near:
+            raise ValueError(f"the command line: unknown level 'levels.{name}'; did you mean 'levels.{near[0]}'?")
+
+
+def _joined(prefix: str, key: str) -> str:
+    return key if "." in key else f"{prefix}{key}"
+
+
+def _elsewhere(key: str) -> List[str]:
+    """Full names of keys of any section that look like `key`."""
+    names: Dict[str, str] = {}
+    for section, kind in typing.get_type_hints(Config).items():
+        if is_dataclass(kind):
+            names.update({f.name: f"{section}.{f.name}" for f in fields(kind)})
+    return [names[near] for near in difflib.get_close_matches(key, names, n=1)]
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML, which `load_config` reads back to an equal one."""
+    return yaml.safe_dump(asdict(config), sort_keys=False)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Dict[str, Any]:
+    """Nested mappings to one mapping with dotted keys."""
+    flat: Dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def differences(old: Config, new: Config) -> List[Tuple[str, Any, Any]]:
+    """Keys (key, old, new) that differ and decide what a run computes."""
+    a, b = flatten(asdict(old)), flatten(asdict(new))
+    keys = [k for k in sorted(set(a) | set(b)) if a.get(k) != b.get(k)]
+    return [(k, a.get(k), b.get(k)) for k in keys if not any(k == f or k.startswith(f + ".") for f in FREE_ON_RESUME)]
+
+
+def config_hash(*parts: Any) -> str:
+    """Short stable hash of JSON-able parts or dataclasses."""
+    plain = [asdict(p) if is_dataclass(p) and not isinstance(p, type) else p for p in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,0 +1,286 @@
+"""The configuration of a run: frozen dataclasses, a line of doc per field, cross-checks when built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Dict, List, Optional
+
+from nl_model.config import LevelConfig, ModelConfig, OptimizerConfig, check_levels, in_tokens
+from pipelines.config.checks import at_least, one_of
+from pipelines.config.dreams import DreamConfig
+from pipelines.config.gate import GateConfig
+from pipelines.config.pool import PoolConfig
+from pipelines.config.sleep import SleepConfig
+from pipelines.config.when import WhenConfig
+
+SCHEDULES = ("sequential", "mixed", "soft")
+MOST_RECALL = 1 << 30
+TOKENIZERS = ("byte", "bpe")
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """Which run this is."""
+
+    name: str = "default"
+    """Directory of the run below run.root; the same name again continues the run."""
+    root: str = "runs"
+    """Folder that holds run directories, cached bases and the MLflow database."""
+    seed: int = 0
+    """Seed of initial weights, schedules and samplers."""
+    deterministic: bool = False
+    """Adopt releases at fixed stream positions (the learner then waits for them), so that reruns are bit-equal."""
+
+    def __post_init__(self) -> None:
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise ValueError(f"run.name={self.name!r} must be a plain folder name")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """How text becomes tokens."""
+
+    kind: str = "byte"
+    """byte: one token per UTF-8 byte. bpe: byte-pair encoding, loaded from path or trained on the first sources."""
+    vocab_size: int = 4096
+    """Vocabulary of a trained bpe (ignored by byte)."""
+    path: Optional[str] = None
+    """A tokenizer.json of the tokenizers library to load instead of training one (bpe only)."""
+
+    def __post_init__(self) -> None:
+        one_of("tokenizer.kind", self.kind, TOKENIZERS)
+        at_least("tokenizer.vocab_size", self.vocab_size, 257)
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """The stream: named sources, read once, in an order that a schedule decides."""
+
+    path: Optional[str] = None
+    """Directory or glob of .txt, .md, .jsonl, .parquet files; empty: texts that this installation brings along."""
+    sources: List[str] = field(default_factory=list)
+    """Names of the sources in stream order; empty: every source found, by name (base sources excepted)."""
+    schedule: str = "sequential"
+    """sequential: one source after the other. mixed: all at once. soft: neighbours overlap by stream.transition."""
+    transition: int = 65536
+    """Tokens over which a soft schedule moves from one source to the next."""
+    max_source_bytes: int = 303104
+    """Most bytes streamed per source; 0: no limit."""
+    probe_bytes: int = 8192
+    """Held-out bytes per source used as its probe."""
+    text_field: str = "text"
+    """Column or key that holds the text in Parquet and JSONL."""
+    source_field: str = "source"
+    """Column or key that names the source in Parquet and JSONL; where absent, the file's name is the source."""
+    max_document_bytes: int = 1_000_000
+    """Documents longer than this are quarantined."""
+
+    def __post_init__(self) -> None:
+        one_of("stream.schedule", self.schedule, SCHEDULES)
+        at_least("stream.transition", self.transition, 1)
+        at_least("stream.max_source_bytes", self.max_source_bytes, 0)
+        at_least("stream.probe_bytes", self.probe_bytes, 1)
+        at_least("stream.max_document_bytes", self.max_document_bytes, 1)
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """What the run starts from: a release directory, or a base it first pretrains itself and caches."""
+
+    checkpoint: Optional[str] = None
+    """A release directory to start from; empty: pretrain a base on base.sources."""
+    sources: List[str] = field(default_factory=list)
+    """Sources of the base mixture (also probed, and replayed asleep); empty: the first two of the stream."""
+    max_source_bytes: int = 0
+    """Bytes of each base source that are read; 0: as many as of the stream's."""
+    tokens: int = 393216
+    """Tokens of base pretraining, over repeated passes of the mixture."""
+    batch: int = 4
+    """Sequences per step and rank of base pretraining."""
+    lr: float = 3e-3
+    """Peak step size of base pretraining."""
+
+    def __post_init__(self) -> None:
+        at_least("base.max_source_bytes", self.max_source_bytes, 0)
+        at_least("base.tokens", self.tokens, 0)
+        at_least("base.batch", self.batch, 1)
+        at_least("base.lr", self.lr, 0)
+
+
+@dataclass(frozen=True)
+class WakeConfig:
+    """The awake phase."""
+
+    batch: int = 16
+    """Sequences per wake step."""
+    checkpoint_every: int = 32
+    """Wake steps between checkpoints of the learner (a resume replays at most this many)."""
+    recall: int = 131072
+    """Contexts of each of some lengths of which the learner remembers what followed, to read with (nl_model/recall.py):
+    a power of two, 0 for none. The online loss is reported with and without; nothing is trained on it."""
+
+    def __post_init__(self) -> None:
+        at_least("wake.batch", self.batch, 1)
+        at_least("wake.recall", self.recall, 0)
+        if self.recall > MOST_RECALL or self.recall & (self.recall - 1):
+            fitting = min(MOST_RECALL, 1 << self.recall.bit_length() - 1)
+            raise ValueError(
+                f"wake.recall={self.recall} is no power of two up to {MOST_RECALL}; use {fitting}, or 0 for none"
+            )
+        at_least("wake.checkpoint_every", self.checkpoint_every, 1)
+
+
+@dataclass(frozen=True)
+class StoreConfig:
+    """The experience store."""
+
+    segment_rows: int = 2048
+    """Rows after which a segment is sealed."""
+    commit_bytes: int = 1 << 20
+    """Bytes of queued rows that force a group commit at once."""
+    checkpoint_every: int = 64
+    """Commits between full checkpoints of the manifest (opening replays at most this many)."""
+    verify_bytes: int = 256 << 20
+    """Newest bytes of the store whose checksums are verified before a run is continued."""
+
+    def __post_init__(self) -> None:
+        at_least("store.segment_rows", self.segment_rows, 1)
+        at_least("store.checkpoint_every", self.checkpoint_every, 1)
+
+
+@dataclass(frozen=True)
+class ControlConfig:
+    """The control: the same network trained plainly on the same stream with the same FLOPs."""
+
+    enabled: bool = True
+    """Train the control after the stream has ended."""
+    learning_rates: List[float] = field(default_factory=lambda: [1e-4, 3e-4])
+    """Step sizes tried, each in a process of its own; the best by final mean bits per byte is reported."""
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """Where and in which precision to compute."""
+
+    device: str = "auto"
+    """cpu, cuda, or auto (cuda where there is one)."""
+    precision: str = "fp32"
+    """fp32 or bf16 (autocast; slower than fp32 on a CPU without AVX512-BF16)."""
+    threads: int = 1
+    """CPU threads per process."""
+    compile: bool = False
+    """Run the model through torch.compile (pays for runs above a few minutes; needs a C++ compiler on a CPU)."""
+
+    def __post_init__(self) -> None:
+        one_of("compute.device", self.device, ("auto", "cpu", "cuda"))
+        one_of("compute.precision", self.precision, ("fp32", "bf16"))
+        at_least("compute.threads", self.threads, 1)
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """MLflow."""
+
+    uri: Optional[str] = None
+    """Tracking server; empty: a SQLite database beside the runs."""
+    experiment: str = "circadian"
+    """Name of the experiment."""
+    model_name: str = "circadian"
+    """Name of the registered model; promoted releases become its versions, the live one is the alias champion."""
+
+
+@dataclass(frozen=True)
+class FailureConfig:
+    """Budgets: how often a part may die before the run gives up (each counted on its own)."""
+
+    learner: int = 3
+    """Restarts of the online learner."""
+    pool: int = 3
+    """Restarts of the consolidation pool, per round."""
+    services: int = 3
+    """Restarts of the experience service and the tracker together."""
+    call_timeout: float = 120.0
+    """Seconds after which a silent actor counts as dead."""
+
+
+@dataclass(frozen=True)
+class RayConfig:
+    """The Ray cluster the run lives on."""
+
+    address: Optional[str] = None
+    """An existing cluster; empty: one that the run starts here and stops again (or, inside a Ray job, the job's)."""
+    object_store_mb: int = 128
+    """Object store of a cluster started here."""
+    python: str = "python"
+    """Interpreter of the cluster that `circadian submit` starts the run with."""
+    learner_cpus: float = 0.5
+    """CPUs that the learner asks the cluster for."""
+    rank_cpus: float = 0.5
+    """CPUs that each rank of the pool, and each control, asks for."""
+    gpus: float = 1.0
+    """GPUs that the learner, each rank and each control ask for where compute.device is cuda."""
+    learner_resource: Optional[str] = None
+    """A custom resource that pins the learner to nodes of a kind (see ray_cluster.yaml)."""
+    pool_resource: Optional[str] = None
+    """A custom resource that pins the pool to nodes of a kind."""
+
+    def pool_bundle(self, gpu: bool) -> Dict[str, float]:
+        """What one rank of the pool asks the cluster for."""
+        bundle: Dict[str, float] = {"CPU": self.rank_cpus}
+        if gpu:
+            bundle["GPU"] = self.gpus
+        if self.pool_resource:
+            bundle[self.pool_resource] = 1.0
+        return bundle
+
+
+def _default_levels() -> Dict[str, LevelConfig]:
+    return {
+        "fast": LevelConfig(period=2048, width=192, optimizer=OptimizerConfig(lr=4e-3)),
+        "medium": LevelConfig(period=4096, width=192, optimizer=OptimizerConfig(lr=4e-3)),
+        "slow": LevelConfig(period=151552, width=384, blocks="all", owner="pool"),
+    }
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run is decided by. Built by pipelines.config.load.load_config from YAML and key=value overrides."""
+
+    run: RunSection = field(default_factory=RunSection)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    levels: Dict[str, LevelConfig] = field(default_factory=_default_levels)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    base: BaseConfig = field(default_factory=BaseConfig)
+    wake: WakeConfig = field(default_factory=WakeConfig)
+    when: WhenConfig = field(default_factory=WhenConfig)
+    sleep: SleepConfig = field(default_factory=SleepConfig)
+    dreams: DreamConfig = field(default_factory=DreamConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
+    pool: PoolConfig = field(default_factory=PoolConfig)
+    control: ControlConfig = field(default_factory=ControlConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    failures: FailureConfig = field(default_factory=FailureConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+
+    def __post_init__(self) -> None:
+        if self.control.enabled and not self.control.learning_rates:
+            raise ValueError("control.learning_rates is empty; give step sizes to try, or control.enabled=false")
+        if self.run.deterministic:
+            self.when.check_deterministic()
+        step_tokens = self.wake.batch * self.model.context
+        # From here on every period counts tokens.
+        object.__setattr__(self, "levels", in_tokens(self.levels, step_tokens))
+        check_levels(self.levels, self.model.blocks)
+        for name, level in self.levels.items():
+            if level.period % step_tokens:
+                raise ValueError(
+                    f"levels.{name}.period={level.period} is not a multiple of one wake step "
+                    f"(wake.batch={self.wake.batch} x model.context={self.model.context} = {step_tokens} tokens)"
+                )
+        self.pool.check(self.sleep.batch, self.base.batch, self.compute.precision)
+        self.sleep.check_on_policy(self.model.context, self.pool.zero_stage)
+        if self.base.checkpoint is None and self.base.tokens == 0 and self.base.sources:
+            raise ValueError("base.tokens=0 leaves base.sources unused; drop them or give base.tokens")

@@ -1,0 +1,89 @@
+"""The base: what a run starts from when no checkpoint is given, pretrained on a mixture of its first sources."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, replace
+from typing import List, Tuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nl_model.config import ordered_levels
+from pipelines.config.load import config_hash
+from pipelines.config.schema import Config
+from pipelines.data.corpus import Corpus
+from pipelines.data.stream import Sequence, Stream
+from pipelines.data.tokens import Tokenizer
+from pipelines.experience import Record
+
+
+def base_sequences(corpus: Corpus, tokenizer: Tokenizer, cfg: Config, sources: List[str]) -> List[Sequence]:
+    """All sequences of the base sources, mixed; the same for the same corpus and configuration."""
+    limit = cfg.base.max_source_bytes or cfg.stream.max_source_bytes
+    mixed = replace(cfg.stream, schedule="mixed", sources=[], max_source_bytes=limit)
+    stream = Stream(corpus, tokenizer, mixed, cfg.model.context, sources, cfg.run.seed)
+    sequences: List[Sequence] = []
+    while batch := stream.next_batch(1):
+        sequences.extend(batch)
+    if not sequences:
+        raise ValueError(f"base.sources={sources} hold less than one sequence of {cfg.model.context} tokens")
+    return sequences
+
+
+def base_records(sequences: List[Sequence]) -> List[Record]:
+    """The base mixture as experiences with keys -1, -2, ...: history that sleep may replay."""
+    return [
+        Record(
+            key=-1 - i,
+            source=s.source,
+            document=s.document,
+            offset=s.offset,
+            subject=s.subject,
+            kind="base",
+            surprise=0.0,
+            fast_step=0,
+            release=0,
+            tokens=s.tokens,
+        )
+        for i, s in enumerate(sequences)
+    ]
+
+
+def base_hash(cfg: Config, sources: List[str], sequences: List[Sequence]) -> str:
+    """Name of a base in the cache: a hash of all that decides it, the text itself included."""
+    text = hashlib.sha256(b"".join(s.tokens.tobytes() for s in sequences)).hexdigest()
+    shape = {
+        "model": asdict(cfg.model),
+        "levels": [
+            [n, cfg.levels[n].width, cfg.levels[n].blocks, cfg.levels[n].owner] for n in ordered_levels(cfg.levels)
+        ],
+    }
+    how = [asdict(cfg.base), asdict(cfg.tokenizer), cfg.run.seed, cfg.pool.ranks, cfg.compute.precision]
+    return config_hash(shape, how, sources, text)
+
+
+class BaseBatches:
+    """Batches of base pretraining: seeded passes over the mixture, a pure function of the step."""
+
+    def __init__(self, sequences: List[Sequence], batch: int, seed: int) -> None:
+        self.tokens = np.stack([s.tokens for s in sequences])
+        self.size, self.seed = batch, seed
+
+    def keys(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
+        """Numbers of the sequences of one rank's share of a step: int64 (B / world,)."""
+        positions = np.arange(step * self.size, (step + 1) * self.size)
+        epochs, places = np.divmod(positions, len(self.tokens))
+        orders = {e: np.random.default_rng([self.seed, int(e)]).permutation(len(self.tokens)) for e in set(epochs)}
+        return np.array([orders[e][p] for e, p in zip(epochs, places, strict=True)])[rank::world]
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Tuple[Tensor, Tensor]:
+        """One rank's share of a step: int64 tokens (B / world, S) and an all-true mask (B / world,)."""
+        rows = self.keys(step, rank, world)
+        return torch.from_numpy(self.tokens[rows].astype(np.int64)), torch.ones(len(rows), dtype=torch.bool)
+
+
+def base_steps(cfg: Config) -> int:
+    """Steps of base pretraining over all ranks together."""
+    return cfg.base.tokens // (cfg.base.batch * cfg.pool.ranks * cfg.model.context)
