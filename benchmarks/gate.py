@@ -31,7 +31,7 @@ from pipelines.config.load import load_config
 from pipelines.config.schema import Config
 from pipelines.experience import Snapshot
 from pipelines.gate.decision import Decision, decide
-from pipelines.sleep.round import RoundBatches
+from pipelines.sleep.batches import RoundBatches
 
 SOURCES = ("cpp", "unicode", "javascript", "fonts")
 OVERRIDES = (

@@ -31,7 +31,7 @@ from pipelines.data.module import Setting, open_setting
 from pipelines.gate.probe import score
 from pipelines.sleep.base import BaseBatches, base_sequences
 from pipelines.sleep.control import plain_step
-from pipelines.sleep.round import learning_rate
+from pipelines.sleep.schedule import learning_rate
 
 HIDDEN = 480
 """Hidden units of all fast levels of a block together; divisible by every count of levels."""

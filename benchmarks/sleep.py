@@ -28,7 +28,7 @@ from pipelines.config.schema import Config
 from pipelines.data.tokens import Tokenizer, build_tokenizer
 from pipelines.experience import ExperienceStore, Record, Snapshot
 from pipelines.sleep.guides import GuideCosts, measure_guides
-from pipelines.sleep.round import num_steps
+from pipelines.sleep.plan import num_steps
 
 LEAST_SAVING = 20.0
 """Bytes of data-parallel training by those between learner and pool, at least."""

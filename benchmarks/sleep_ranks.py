@@ -25,7 +25,7 @@ from nl_model.model import NestedLM, autocast, resolve_device
 from nl_model.optim.levelwise import build_optimizer
 from pipelines.config.schema import Config
 from pipelines.data.tokens import build_tokenizer
-from pipelines.sleep.round import guide_logits, sleep_loss
+from pipelines.sleep.losses import guide_logits, sleep_loss
 
 PLAIN, PARALLEL, AWAKE = "plain loop", "data-parallel", "wake step"
 BESIDE = "plain loops side by side"

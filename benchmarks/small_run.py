@@ -33,7 +33,10 @@ from pipelines.gate.decision import Decision, decide
 from pipelines.gate.evidence import Evidence
 from pipelines.gate.probe import score
 from pipelines.sleep.base import BaseBatches, base_records, base_sequences
-from pipelines.sleep.round import RoundBatches, RoundPlan, guide_logits, learning_rate, num_steps, sleep_loss
+from pipelines.sleep.batches import RoundBatches
+from pipelines.sleep.losses import guide_logits, sleep_loss
+from pipelines.sleep.plan import RoundPlan, num_steps
+from pipelines.sleep.schedule import learning_rate
 from pipelines.wake.awake import Awake
 
 Tensors = Dict[str, Tensor]

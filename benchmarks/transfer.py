@@ -30,7 +30,8 @@ from pipelines.compare.trace import fresh_model
 from pipelines.compare.trial import Workshop
 from pipelines.config.load import load_config
 from pipelines.gate.probe import score
-from pipelines.sleep.round import guide_logits, learning_rate, sleep_loss
+from pipelines.sleep.losses import guide_logits, sleep_loss
+from pipelines.sleep.schedule import learning_rate
 
 LEAST_KEPT, MOST_LOST = 0.8, 0.02
 """Share of the awake model's gain that the student keeps, at least; bits that another source loses, at most."""

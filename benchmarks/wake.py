@@ -24,7 +24,7 @@ from pipelines.data.stream import Sequence
 from pipelines.data.tokens import build_tokenizer
 from pipelines.experience import Record
 from pipelines.sleep.control import plain_step
-from pipelines.sleep.round import guide_logits, sleep_loss
+from pipelines.sleep.losses import guide_logits, sleep_loss
 from pipelines.wake.awake import Awake
 
 LARGER = (

@@ -21,7 +21,7 @@ from pipelines.config.schema import Config
 from pipelines.data.module import Setting, open_setting
 from pipelines.experience import ExperienceStore, Record
 from pipelines.sleep.base import base_records, base_sequences
-from pipelines.sleep.round import RoundPlan
+from pipelines.sleep.plan import RoundPlan
 from tests.harness import ROOT
 
 RECENT = 128

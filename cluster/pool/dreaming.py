@@ -22,7 +22,7 @@ from pipelines.dreams.dream import dream, to_records
 from pipelines.dreams.file import read_dreams, write_dreams
 from pipelines.dreams.report import night_record
 from pipelines.experience import Snapshot
-from pipelines.sleep.round import RoundPlan
+from pipelines.sleep.plan import RoundPlan
 
 
 @dataclass(frozen=True)

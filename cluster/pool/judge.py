@@ -20,7 +20,7 @@ from pipelines.config.schema import Config
 from pipelines.data.stream import Probe
 from pipelines.gate.evidence import Evidence, ShardFacts, Storage
 from pipelines.gate.probe import Score, measure, prompt_divergence
-from pipelines.sleep.round import RoundPlan
+from pipelines.sleep.plan import RoundPlan
 
 
 @dataclass(frozen=True)

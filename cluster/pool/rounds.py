@@ -21,7 +21,7 @@ from pipelines.config.schema import Config
 from pipelines.gate.decision import Decision, decide
 from pipelines.gate.evidence import ShardFacts
 from pipelines.machine.replan import Adjustment
-from pipelines.sleep.round import RoundPlan, num_steps
+from pipelines.sleep.plan import RoundPlan, num_steps
 
 logger = logging.getLogger(__name__)
 Emit = Callable[..., Dict[str, Any]]

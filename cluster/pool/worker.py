@@ -30,9 +30,12 @@ from pipelines.gate.evidence import ShardFacts
 from pipelines.gate.probe import score
 from pipelines.machine.replan import adjusted
 from pipelines.sleep.base import BaseBatches, base_sequences, base_steps
+from pipelines.sleep.batches import RoundBatches
 from pipelines.sleep.guides import StoredGuides, write_guides
+from pipelines.sleep.losses import merge_weights
 from pipelines.sleep.objective import Lesson
-from pipelines.sleep.round import RoundBatches, RoundPlan, learning_rate, merge_weights
+from pipelines.sleep.plan import RoundPlan
+from pipelines.sleep.schedule import learning_rate
 from pipelines.sleep.student import expand, folded, receivers_due, student_step_flops
 
 if TYPE_CHECKING:

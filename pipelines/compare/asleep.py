@@ -24,7 +24,7 @@ from pipelines.compare.meter import Meter
 from pipelines.compare.pulls import frozen_copy
 from pipelines.config.schema import Config
 from pipelines.sleep.objective import Lesson
-from pipelines.sleep.round import learning_rate
+from pipelines.sleep.schedule import learning_rate
 from pipelines.sleep.student import Expansion, expand, student_step_flops
 
 DREAM_PROMPT = 16

@@ -30,7 +30,8 @@ from pipelines.config.schema import Config
 from pipelines.gate.decision import check_forgetting, check_loss, decide
 from pipelines.gate.evidence import Evidence, Storage
 from pipelines.gate.probe import Score, measure
-from pipelines.sleep.round import learning_rate, merge_weights
+from pipelines.sleep.losses import merge_weights
+from pipelines.sleep.schedule import learning_rate
 
 GATES = 1
 """Times per segment that the gate judges: when its nights have cooled down. In the middle of a schedule, at the largest

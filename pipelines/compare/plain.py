@@ -32,7 +32,7 @@ from pipelines.compare.pulls import (
     top_divergence,
 )
 from pipelines.compare.trace import Trace, fresh_model, fresh_recall
-from pipelines.sleep.round import learning_rate
+from pipelines.sleep.schedule import learning_rate
 
 FISHER_SEQUENCES = 64
 """Sequences per boundary that the Fisher diagonal is estimated on."""

@@ -28,7 +28,7 @@ from pipelines.compare.plain import JointTrainer, PlainTrainer
 from pipelines.config.load import config_hash
 from pipelines.config.schema import Config
 from pipelines.sleep.base import BaseBatches
-from pipelines.sleep.round import learning_rate
+from pipelines.sleep.schedule import learning_rate
 
 RULES = {"plain": 4, "joint": 1, "circadian": 5}
 """By family; raised whenever trials of the same settings come out differently than before. Older ones are not read."""

@@ -26,7 +26,7 @@ from pipelines.data.stream import SUBJECT_SEPARATOR
 from pipelines.dreams.filters import Bands, copied_shares, judge
 from pipelines.dreams.score import Tail, gradient_norms, learning_progress, rewards, trained_copy
 from pipelines.experience import DREAM_SOURCE, KINDS, Record, Snapshot, dream_key
-from pipelines.sleep.round import RoundPlan
+from pipelines.sleep.plan import RoundPlan
 
 _STREAM = 0xD3EA
 """Sets the random numbers of dreams apart from those of batches, which come from the same seed."""

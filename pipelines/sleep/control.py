@@ -17,7 +17,7 @@ from nl_model.optim.levelwise import build_optimizer
 from pipelines.config.schema import Config
 from pipelines.data.stream import Probe, Stream
 from pipelines.gate.probe import Row, score
-from pipelines.sleep.round import learning_rate
+from pipelines.sleep.schedule import learning_rate
 
 
 def blocks_of(stream: Stream, period: int, cfg: Config) -> Iterator[np.ndarray]:

@@ -15,6 +15,7 @@ from nl_model.distillation import Guide
 from nl_model.model import NestedLM
 from pipelines.config.sleep import SleepConfig
 from pipelines.sleep.guides import StoredGuides
+from pipelines.sleep.losses import guide_logits, sleep_loss
 from pipelines.sleep.on_policy import (
     GUIDE,
     STUDENT,
@@ -25,7 +26,7 @@ from pipelines.sleep.on_policy import (
     speak,
     uniforms,
 )
-from pipelines.sleep.round import guide_logits, mixing, sleep_loss
+from pipelines.sleep.schedule import mixing
 
 Keys = npt.NDArray[np.int64]
 Forward = Callable[[Tensor], Tensor]

@@ -22,7 +22,7 @@ from nl_model.distillation import distillation
 from nl_model.losses import token_nll
 from nl_model.model import NestedLM
 from pipelines.config.sleep import ImitationConfig, SleepConfig
-from pipelines.sleep.round import guide_divergence, guided, means
+from pipelines.sleep.losses import guide_divergence, guided, means
 
 STUDENT, GUIDE = 0, 1
 """Whose draw a random number is for: the two must not depend on each other, or the reward's gradient is wrong."""

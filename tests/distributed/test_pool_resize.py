@@ -19,7 +19,7 @@ from cluster.pool.worker import MOMENTS
 from cluster.storage.releases import Release, Releases, shards_fingerprint
 from cluster.storage.training_state import MARKER
 from nl_model.weights import load_tensors
-from pipelines.sleep.round import RoundPlan
+from pipelines.sleep.plan import RoundPlan
 from tests.pool import Bench, own_cluster, prepare, wait_for
 
 pytestmark = pytest.mark.timeout(600)

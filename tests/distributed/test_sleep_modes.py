@@ -18,7 +18,7 @@ from pipelines.config.load import load_config
 from pipelines.data.module import open_setting
 from pipelines.data.stream import Sequence as StreamSequence
 from pipelines.experience import ExperienceStore, Record
-from pipelines.sleep.round import RoundPlan
+from pipelines.sleep.plan import RoundPlan
 
 RANK, STEPS, ROWS = 3, 6, 64
 MERGED = 0.25

@@ -20,7 +20,7 @@ from pipelines.config.schema import Config, StoreConfig
 from pipelines.data.tokens import ByteTokenizer
 from pipelines.dreams.file import read_dreams
 from pipelines.experience import ExperienceStore, Record, Snapshot, verify
-from pipelines.sleep.round import RoundPlan
+from pipelines.sleep.plan import RoundPlan
 
 CONTEXT, STREAMED = 16, 60
 PLAN = RoundPlan(4, 1, 10, STREAMED - 1, "fast", 0, 640, 6, 5, dreams_stored=7)

@@ -29,7 +29,8 @@ from pipelines.dreams.dream import (
 )
 from pipelines.dreams.file import FILE, read_dreams, write_dreams
 from pipelines.experience import DREAM_KEY, ExperienceStore, Record, Snapshot, dream_key
-from pipelines.sleep.round import RoundBatches, RoundPlan
+from pipelines.sleep.batches import RoundBatches
+from pipelines.sleep.plan import RoundPlan
 
 CONTEXT, BASE, STREAMED, FIRST, LAST = 16, 9, 120, 40, 110
 QUARANTINED = set(range(45, 110, 7))

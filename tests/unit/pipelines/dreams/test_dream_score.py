@@ -18,7 +18,7 @@ from pipelines.config.dreams import DreamConfig
 from pipelines.dreams.dream import Dream, dream
 from pipelines.dreams.score import Tail, gradient_norms, learning_progress, rewards, trained_copy
 from pipelines.experience import ExperienceStore, Record, Snapshot
-from pipelines.sleep.round import RoundPlan
+from pipelines.sleep.plan import RoundPlan
 
 CONTEXT, PROMPT = 16, 5
 CFG = DreamConfig(reward_lr=0.01, reward_steps=2)

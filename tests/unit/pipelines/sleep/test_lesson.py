@@ -16,9 +16,11 @@ from nl_model.distillation import forward_kl
 from nl_model.model import NestedLM
 from pipelines.config.sleep import ImitationConfig, SleepConfig
 from pipelines.experience import ExperienceStore, Record, Snapshot
+from pipelines.sleep.batches import RoundBatches
 from pipelines.sleep.guides import StoredGuides, write_guides
+from pipelines.sleep.losses import guide_logits, sleep_loss
 from pipelines.sleep.objective import Lesson
-from pipelines.sleep.round import RoundBatches, RoundPlan, guide_logits, sleep_loss
+from pipelines.sleep.plan import RoundPlan
 
 CONTEXT, V, ROWS, STEPS, SEED = 16, 31, 24, 6, 5
 CFG = SleepConfig(batch=8, recent=0.5, teacher=0.4, anchor=0.3, continuation=6)

@@ -17,16 +17,10 @@ from nl_model.config import LevelConfig
 from nl_model.model import NestedLM
 from pipelines.config.sleep import SleepConfig
 from pipelines.experience import ExperienceStore, Record, Snapshot
-from pipelines.sleep.round import (
-    RoundBatches,
-    RoundPlan,
-    guide_logits,
-    learning_rate,
-    merge_weights,
-    mixing,
-    num_steps,
-    sleep_loss,
-)
+from pipelines.sleep.batches import RoundBatches
+from pipelines.sleep.losses import guide_logits, merge_weights, sleep_loss
+from pipelines.sleep.plan import RoundPlan, num_steps
+from pipelines.sleep.schedule import learning_rate, mixing
 
 CONTEXT, BASE, STREAMED = 16, 9, 40
 FIRST, LAST = 22, 36

@@ -1,0 +1,118 @@
+"""Batches of a round: recent experience, replayed older experience and dreams, as a function of the step.
+
+Shapes: B sequences, S stored tokens (context + 1).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import List, Optional, Tuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.config.dreams import DreamConfig
+from pipelines.config.sleep import SleepConfig
+from pipelines.experience import DREAM_KEY, KINDS, Sampler, Snapshot, build_sampler
+from pipelines.sleep.plan import RoundPlan
+
+
+class RoundBatches:
+    """Batches of a round: a pure function of (snapshot, plan, step). Recent rows come first, then replayed ones, then
+    dreams.
+
+    Recent experience is read in a seeded order, each once per pass; old experience is drawn by the sampler. Where there
+    is only one of them to be had, it fills the batch; ValueError where there is neither. Dreams stand in for replayed
+    rows, one after the other, evenly over the steps; like recent experience they are learned with the teacher.
+
+    Args:
+        dreams: tokens of this round's dreams, int64 (n, S). Stored ones are never drawn.
+        mixing: how much of a batch is dreamt, on average over the steps (share, repeats).
+    """
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        plan: RoundPlan,
+        cfg: SleepConfig,
+        dreams: Optional[np.ndarray] = None,
+        mixing: Optional[DreamConfig] = None,
+    ) -> None:
+        usable = (snapshot.kinds != KINDS.index("quarantined")) & (snapshot.keys < DREAM_KEY)
+        recent = usable & (snapshot.keys >= plan.first_key) & (snapshot.keys <= plan.last_key)
+        old = usable & (snapshot.keys < plan.first_key)
+        self.snapshot, self.plan = snapshot, plan
+        self.recent_rows = np.flatnonzero(recent)
+        if not len(self.recent_rows) and not old.any():
+            raise ValueError(f"round {plan.round}: no usable experience up to key {plan.last_key}")
+        self.old: Optional[Sampler] = None
+        self.num_recent = cfg.batch
+        if old.any():
+            self.num_recent = round(cfg.recent * cfg.batch) if len(self.recent_rows) else 0
+            self.old = build_sampler(
+                cfg.sampler,
+                snapshot,
+                np.flatnonzero(old),
+                half_life=cfg.half_life,
+                surprise_cap=cfg.surprise_cap,
+                source_cap=cfg.source_cap,
+            )
+        self.num_old = cfg.batch - self.num_recent
+        self.dreams = np.empty((0, snapshot.context + 1), np.int64) if dreams is None else dreams
+        mixing = mixing or DreamConfig()
+        often = mixing.repeats * len(self.dreams) / max(1, plan.steps)
+        self.per_step = min(mixing.share * cfg.batch, often, self.num_old)
+        """Dreams of a step, on average."""
+
+    def recent_sources(self) -> List[str]:
+        """Sources of the recent experience, by name."""
+        names = self.snapshot.sources
+        return sorted(names[i] for i in np.unique(self.snapshot.source_ids[self.recent_rows]))
+
+    def rows(self, step: int) -> Tuple[np.ndarray, np.ndarray]:
+        """Row numbers (B - dreams of the step,) of a step, and which of them are recent, bool of the same shape."""
+        first = step * self.num_recent
+        recent = [self._recent(first + i) for i in range(self.num_recent)]
+        old = np.empty(0, np.int64)
+        if self.old is not None and self.num_old:
+            old = self.old.draw(self.num_old, self.plan.seed, step)[0][: self.num_old - len(self.dreamt(step))]
+        rows = np.concatenate([np.asarray(recent, dtype=np.int64), old])
+        return rows, np.arange(len(rows)) < self.num_recent
+
+    def dreamt(self, step: int) -> np.ndarray:
+        """Numbers of the dreams of a step, int64 (n,)."""
+        first, last = math.floor(step * self.per_step), math.floor((step + 1) * self.per_step)
+        return np.arange(first, last) % max(1, len(self.dreams))
+
+    def _recent(self, position: int) -> int:
+        epoch, place = divmod(position, len(self.recent_rows))
+        return int(self.recent_rows[self._order(epoch)[place]])
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if getattr(self, "_epoch", None) != epoch:
+            self._epoch = epoch
+            self._permutation = np.random.default_rng([self.plan.seed, self.plan.round, epoch]).permutation(
+                len(self.recent_rows)
+            )
+        return self._permutation
+
+    def visited(self, steps: int) -> np.ndarray:
+        """Rows of recent experience that `steps` steps read, each once, ascending."""
+        read = min(steps * self.num_recent, len(self.recent_rows))
+        return np.sort(self.recent_rows[self._order(0)[:read]]) if read else self.recent_rows[:0]
+
+    def keys(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
+        """Keys of one rank's share of a step: int64 (B / world,); those of dreams are no experience's."""
+        real = self.snapshot.keys[self.rows(step)[0]]
+        return np.concatenate([real, DREAM_KEY + self.dreamt(step)])[rank::world]
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Tuple[Tensor, Tensor]:
+        """One rank's share of a step: int64 tokens (B / world, S) and the mask (B / world,) of recent and dreamt."""
+        rows, recent = self.rows(step)
+        dreams = self.dreams[self.dreamt(step)]
+        mine = np.arange(len(rows) + len(dreams))[rank::world]
+        real, dreamt = mine[mine < len(rows)], mine[mine >= len(rows)] - len(rows)
+        tokens = np.concatenate([self.snapshot.tokens(rows[real]).astype(np.int64), dreams[dreamt]])
+        mask = np.concatenate([recent[real], np.ones(len(dreamt), bool)])
+        return torch.from_numpy(tokens), torch.from_numpy(mask)
