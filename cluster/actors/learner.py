@@ -1,67 +1,23 @@
-"""Actor `OnlineLearner`: reads the stream once, in order, and writes only the fast levels. The pool never delays it."""
+"""Actor `OnlineLearner`: the learner as a process. The pool never delays it."""
 
 from __future__ import annotations
 
-import json
-import math
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import ray
+from torch import Tensor
 
 from cluster.actors.start import configure_torch
-from cluster.driver.state import PINNED
 from cluster.storage.releases import Releases, load_release, split
-from nl_model.model import NestedLM, resolve_device
-from nl_model.recall import ROWS, Recall
-from nl_model.weights import load_into, load_tensors, parameters_of, save_tensors
+from nl_model.weights import load_tensors, save_tensors
 from pipelines.config.schema import Config
 from pipelines.data.module import open_setting
-from pipelines.data.stream import Cursor
-from pipelines.experience import DREAM_KEY, Record, Snapshot
-from pipelines.wake.awake import Awake, StepReport
-from pipelines.wake.trigger import Cause, Trigger, relative_distance
+from pipelines.experience import Record, Snapshot
+from pipelines.wake.learner import Checkpoint, Learner
+from pipelines.wake.report import LearnerReport
 
 KEPT_CHECKPOINTS = 2
-HEARD = 1 << 24
-"""Most tokens of the store that recall hears at a start; about a million a second."""
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A point of the stream at which the pool's levels are due: what a round pins."""
-
-    tokens: int
-    """Stream position, in tokens."""
-    snapshot: int
-    """Store version that holds everything up to here."""
-    last_key: int
-    """Last stream key up to here."""
-    fast: str
-    """File of the learner's unshifted fast weights, relative to the run directory."""
-    why: Dict[str, Any] = field(default_factory=dict)
-    """Why a round is due here (pipelines/wake/trigger.py): policy, text, figures."""
-
-
-@dataclass
-class LearnerReport:
-    """What one call of `advance` did."""
-
-    tokens: int = 0
-    release: int = 0
-    cursor: Dict[str, Any] = field(default_factory=dict)
-    steps: List[StepReport] = field(default_factory=list)
-    seconds: float = 0.0
-    """Learner wall time since the last report, gaps between calls included."""
-    mark: Optional[Mark] = None
-    adopted: List[Tuple[int, int, float]] = field(default_factory=list)
-    """(release, tokens, norm of the shift) of adoptions."""
-    quarantined: List[Tuple[str, str, str]] = field(default_factory=list)
-    """(source, origin, reason) of documents the corpus refused so far."""
-    ended: bool = False
-    stopped: bool = False
 
 
 class OnlineLearner:
@@ -69,159 +25,73 @@ class OnlineLearner:
 
     def __init__(self, cfg: Config, run_dir: str, tokenizer_state: Dict[str, Any]) -> None:
         configure_torch(cfg)
-        self.cfg, self.run_dir = cfg, Path(run_dir)
-        self.setting = open_setting(cfg, tokenizer_state)
-        self.releases = Releases(self.run_dir / "releases")
-        self.checkpoints = self.run_dir / "checkpoints"
-        self.period = min(level.period for level in cfg.levels.values() if level.owner == "pool")
-        self.stopping = False
+        self.cfg = cfg
+        self.host = DiskHost(cfg, Path(run_dir))
+        self.learner = Learner(cfg, open_setting(cfg, tokenizer_state), self.host)
 
     def restore(self, service: Any) -> LearnerReport:
-        """Begin at the newest checkpoint, or at the base, and forget everything since; the stream is replayed."""
-        cfg = self.cfg
-        model = NestedLM(cfg.model, cfg.levels, self.setting.tokenizer.vocab_size).to(
-            resolve_device(cfg.compute.device)
-        )
-        found = sorted(self.checkpoints.glob("learner-*.safetensors"))
-        tensors, meta = load_tensors(found[-1]) if found else ({}, {"release": 0})
-        release = load_release(self.releases.directory(int(meta["release"])))
-        load_into(model, split(release, "weight"))
-        last_key = int(meta.get("last_key", -1))
-        recall = Recall(cfg.wake.recall) if cfg.wake.recall else None
-        self.awake = Awake(model, cfg.compute, recall)
-        self.rest = parameters_of(model, "learner")
-        self.trigger = Trigger(cfg.when, self.period, self.awake.levels.clock)
-        if found:
-            self.awake.load_state(tensors, meta)
-        if recall is not None and recall.is_empty:
-            self._hear(recall, last_key)
-        if "trigger" in meta:
-            self.trigger.load_state(meta["trigger"])
-        cursor = Cursor.from_json(meta["cursor"]) if found else None
-        self.stream = self.setting.stream(cursor)
-        self.service = service
-        self.version, self.last_key = int(meta.get("version", 0)), last_key
-        self.steps_since_checkpoint = 0
-        self.pending: List[Tuple[int, int]] = []
-        self.last_end = time.perf_counter()
-        return self._report(LearnerReport())
-
-    def _hear(self, recall: Recall, last_key: int) -> None:
-        """Let recall hear what the store holds up to a key, the base first.
-
-        For a start without a checkpoint, or with one whose recall is none or another: then no more than `HEARD` tokens.
-        """
-        snapshot = Snapshot.open(self.run_dir / "store")
-        rows = snapshot.rows_between(-DREAM_KEY, last_key)[-HEARD // self.cfg.model.context :]
-        for first in range(0, len(rows), ROWS):
-            recall.remember(snapshot.tokens(rows[first : first + ROWS]))
+        """Begin at the newest checkpoint, or at the base; the stream is replayed from there."""
+        self.host.service = service
+        return self.learner.restore()
 
     def advance(self, max_steps: int, until: Optional[int] = None) -> LearnerReport:
-        """Take up to `max_steps` wake steps; returns early where a round is due, at `until` tokens and at the end."""
-        report = LearnerReport()
-        while len(report.steps) < max_steps and not self.stopping and report.mark is None:
-            if until is not None and self.awake.tokens >= until:
-                break
-            report.adopted += self._adopt_pending()
-            asked = time.monotonic()
-            batch = self.stream.next_batch(self.cfg.wake.batch)
-            if not batch:
-                report.ended = True
-                break
-            before = self.awake.tokens
-            cause = self.trigger.before_step(before, time.monotonic() - asked)
-            report.mark = self._mark(cause) if cause is not None else None
-            report.steps.append(self.awake.step(batch, self._log))
-            self.last_key = batch[-1].key
-            self.steps_since_checkpoint += 1
-            cause = self.trigger.after_step(before, self.awake.tokens, _loss(report.steps[-1]), self._distance)
-            if cause is not None:
-                report.mark = self._mark(cause)
-            if self.steps_since_checkpoint >= self.cfg.wake.checkpoint_every:
-                self.checkpoint()
-        if self.stopping:
-            self.checkpoint()
-        return self._report(report)
+        """Take up to `max_steps` wake steps."""
+        return self.learner.advance(max_steps, until)
 
     def finish(self) -> LearnerReport:
         """After the end of the stream: pin what came since the last boundary."""
-        report = LearnerReport(ended=True, mark=self._mark(Cause("idle", "the stream has ended", {})))
-        self.checkpoint()
-        return self._report(report)
+        return self.learner.finish()
 
     def adopt(self, release: int, not_before: int = 0, at_once: bool = False) -> LearnerReport:
-        """Adopt a release at the next common boundary of the learner's levels that is not before a stream position.
-
-        Args:
-            at_once: do not wait for a boundary (the stream has ended).
-        """
-        self.pending.append((release, not_before))
-        report = LearnerReport()
-        report.adopted += self._adopt_pending(at_once)
-        return self._report(report)
+        """Adopt a release at the next boundary that is not before a stream position, or at once."""
+        return self.learner.adopt(release, not_before, at_once)
 
     @ray.method(concurrency_group="control")
     def stop(self) -> None:
         """Make the running and all later calls of `advance` finish their step, checkpoint and return."""
-        self.stopping = True
+        self.learner.stopping = True
 
-    def checkpoint(self) -> None:
-        """Write everything a resume needs, durably; the newest two are kept."""
-        tensors, counters = self.awake.state()
-        meta = {**counters, "cursor": self.stream.cursor.to_json(), "version": self.version, "last_key": self.last_key}
-        meta["trigger"] = self.trigger.state()
-        save_tensors(self.checkpoints / f"learner-{self.awake.tokens:015d}.safetensors", tensors, meta)
+
+class DiskHost:
+    """Keeps a learner's things in its run directory, and experience with the service that commits it."""
+
+    def __init__(self, cfg: Config, run_dir: Path) -> None:
+        self.cfg, self.run_dir = cfg, run_dir
+        self.releases, self.checkpoints = Releases(run_dir / "releases"), run_dir / "checkpoints"
+        self.service: Any = None
+        self.snapshot: Optional[Snapshot] = None
+
+    def append(self, records: List[Record], cursor: Dict[str, Any]) -> Callable[[], int]:
+        """Hand records to the experience service."""
+        reference = self.service.append.remote(records, cursor)
+
+        def wait() -> int:
+            return int(ray.get(reference, timeout=self.cfg.failures.call_timeout))
+
+        return wait
+
+    def experience(self) -> Snapshot:
+        """The newest version of the store; what was open already is extended, not read again."""
+        self.snapshot = Snapshot.open(self.run_dir / "store") if self.snapshot is None else self.snapshot.extend()
+        return self.snapshot
+
+    def pin(self, file: str, tensors: Dict[str, Tensor]) -> None:
+        """Write what a mark pins, once."""
+        if not (self.run_dir / file).exists():
+            save_tensors(self.run_dir / file, tensors)
+
+    def release(self, number: int) -> Tuple[Dict[str, Tensor], Dict[str, Tensor]]:
+        """(weights, offsets) of a published release."""
+        tensors = load_release(self.releases.directory(number))
+        return split(tensors, "weight"), split(tensors, "offset")
+
+    def save(self, tokens: int, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint, durably; the newest two are kept."""
+        save_tensors(self.checkpoints / f"learner-{tokens:015d}.safetensors", *checkpoint)
         for old in sorted(self.checkpoints.glob("learner-*.safetensors"))[:-KEPT_CHECKPOINTS]:
             old.unlink()
-        self.steps_since_checkpoint = 0
 
-    def _adopt_pending(self, at_once: bool = False) -> List[Tuple[int, int, float]]:
-        tokens = self.awake.tokens
-        ready = [release for release, not_before in self.pending if tokens >= not_before or at_once]
-        if not ready or not (at_once or self.awake.levels.clock.on_boundary(tokens)):
-            return []
-        newest = max(ready)
-        self.pending = [(release, at) for release, at in self.pending if release > newest]
-        if newest <= self.awake.release:
-            return []
-        tensors = load_release(self.releases.directory(newest))
-        pool, weights = set(self.awake.model.owned_by("pool")), split(tensors, "weight")
-        slow = {n: t for n, t in weights.items() if n in pool}
-        self.rest = {name: weights[name] for name in self.rest}
-        norm = self.awake.adopt(newest, slow, split(tensors, "offset"))
-        self.checkpoint()  # a replay never has to repeat an adoption
-        return [(newest, tokens, norm)]
-
-    def _distance(self) -> float:
-        """How far the fast weights have moved from their rest state, relative to its norm."""
-        return relative_distance(parameters_of(self.awake.model, "learner"), self.rest)
-
-    def _mark(self, cause: Cause) -> Mark:
-        """What is written once stays: a round may read it by now, and an adoption since then rounds it otherwise."""
-        file = f"checkpoints/{PINNED}{self.awake.tokens:015d}-{self.awake.release}.safetensors"
-        if not (self.run_dir / file).exists():
-            save_tensors(self.run_dir / file, self.awake.unshifted(), {"tokens": self.awake.tokens})
-        return Mark(self.awake.tokens, self.version, self.last_key, file, cause.to_json())
-
-    def _log(self, records: List[Record]) -> Callable[[], None]:
-        reference = self.service.append.remote(records, self.stream.cursor.to_json())
-
-        def wait_until_durable() -> None:
-            self.version = ray.get(reference, timeout=self.cfg.failures.call_timeout)
-
-        return wait_until_durable
-
-    def _report(self, report: LearnerReport) -> LearnerReport:
-        now = time.perf_counter()
-        report.seconds, self.last_end = now - self.last_end, now
-        report.tokens, report.release = self.awake.tokens, self.awake.release
-        report.cursor = json.loads(json.dumps(self.stream.cursor.to_json()))
-        report.quarantined = [(q.source, q.origin, q.reason) for q in self.setting.corpus.quarantined]
-        report.stopped = self.stopping
-        return report
-
-
-def _loss(step: StepReport) -> float:
-    """Online loss of a step in nats per token; not finite where every sequence was quarantined."""
-    values = list(step.surprise.values())
-    return sum(values) / len(values) if values else math.nan
+    def newest(self) -> Optional[Checkpoint]:
+        """The newest checkpoint."""
+        found = sorted(self.checkpoints.glob("learner-*.safetensors"))
+        return load_tensors(found[-1]) if found else None

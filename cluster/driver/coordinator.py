@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from cluster.actors.experience_service import ExperienceService
-from cluster.actors.learner import LearnerReport, OnlineLearner
+from cluster.actors.learner import OnlineLearner
 from cluster.actors.start import results, start_actor
 from cluster.actors.tracking_client import TrackingClient
 from cluster.driver.base_release import prepare_base
@@ -30,6 +30,7 @@ from nl_model.flops import wake_step_flops
 from pipelines.config.schema import Config
 from pipelines.data.module import Setting
 from pipelines.sleep.base import base_records
+from pipelines.wake.report import LearnerReport
 
 logger = logging.getLogger(__name__)
 CHUNK = 8
@@ -242,21 +243,23 @@ class Coordinator:
         """Take a report of the learner into the state, the journal and the tracker."""
         state = self.state
         self.released, state.tokens, state.cursor = report.release, report.tokens, report.cursor
-        for release, tokens, norm in report.adopted:
-            self.emit("adopted", release=release, tokens=tokens, fast_shift_norm=norm)
+        for one in report.adopted:
+            self.emit("adopted", release=one.release, tokens=one.tokens, fast_shift_norm=one.shift)
+        for look in report.looks:
+            self.emit("look", tokens=look.tokens, release=look.release, served=look.served, rested=look.rested)
+        for source, (first, last) in report.spans.items():
+            state.starts.setdefault(source, first)
+            state.ends[source] = max(last, state.ends.get(source, 0))
         for item in report.quarantined:
             self._quarantine(*item)
         for step in report.steps:
-            for source in step.bpb:
-                state.starts.setdefault(source, step.tokens - self.cfg.wake.batch * self.cfg.model.context)
-                state.ends[source] = max(step.tokens, state.ends.get(source, 0))
             for key, source, reason in step.quarantined:
                 self._quarantine(source, f"stream key {key}", reason)
         if report.steps:
             self._note_wake(report)
-        mark = report.mark
-        if mark is not None and self._worth_a_round(mark.tokens, report.ended):
-            self.ledger.queue(mark, running=self.round is not None)
+        for mark in report.marks:
+            if mark.tokens > state.last_mark and self._worth_a_round(mark.tokens, report.ended):
+                self.ledger.queue(mark, running=self.round is not None)
 
     def _note_wake(self, report: LearnerReport) -> None:
         wake, inside = self.state.wake, sum(step.seconds for step in report.steps)

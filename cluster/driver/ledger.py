@@ -15,9 +15,9 @@ from cluster.storage.releases import Release, Releases
 from pipelines.config.schema import Config
 from pipelines.machine.replan import Adjustment, adjustment
 from pipelines.report.audit import FILE, AuditLog, Chain
+from pipelines.wake.report import Mark
 
 if TYPE_CHECKING:  # both load Ray, which a rollback has no use for
-    from cluster.actors.learner import Mark
     from cluster.actors.tracking_client import TrackingClient
 
 FIGURES = ("mean_change", "worst", "recent", "checks")
@@ -96,7 +96,7 @@ class Ledger:
         if promoted:
             state.live = record["release"]
             state.consolidated_key = self.releases.read(state.live).last_key
-            self.add_row(state.live, record["tokens"], figures["candidate"])
+            self.add_row(state.live, record["tokens"], record["row"])
         chain = self._chain()
         told = {k: record[k] for k in ("release", "anchor", "fingerprint", "reason", "recent_scale", "lr_scale")}
         scores = {side: figures[side] for side in ("candidate", "anchor", "awake")}

@@ -7,9 +7,8 @@ dreams, and their keys depend on round and number alone, so that none comes twic
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple
+from typing import Tuple
 
 import numpy as np
 import torch
@@ -23,18 +22,7 @@ from pipelines.dreams.file import read_dreams, write_dreams
 from pipelines.dreams.report import night_record
 from pipelines.experience import Snapshot
 from pipelines.sleep.plan import RoundPlan
-
-
-@dataclass(frozen=True)
-class NightShare:
-    """What one rank has of the dreams of a round."""
-
-    tokens: Optional[np.ndarray] = None
-    """int64 (dreams, S); None where dreaming is off."""
-    record: Optional[Dict[str, Any]] = None
-    """Rank 0: what the round's record says of them."""
-    passes: float = 0.0
-    """Rank 0: their cost in forward passes over one token."""
+from pipelines.sleep.round import DreamShare
 
 
 def dream_together(
@@ -45,15 +33,13 @@ def dream_together(
     directory: Path,
     tokenizer: Tokenizer,
     place: Tuple[int, int],
-) -> NightShare:
+) -> DreamShare:
     """Dream on rank 0, and give every rank the dreams. All ranks must call it.
 
     Args:
         directory: the candidate's, seen by all ranks.
         place: (rank, number of ranks).
     """
-    if not cfg.dreams.share:
-        return NightShare()
     rank, world = place
     record, passes = None, 0.0
     if rank == 0:
@@ -64,7 +50,7 @@ def dream_together(
         torch.distributed.barrier()
     rows = [one.tokens for one in read_dreams(directory)]
     tokens = np.stack(rows) if rows else np.empty((0, snapshot.context + 1), np.int64)
-    return NightShare(tokens, record, passes)
+    return DreamShare(tokens, record, passes)
 
 
 def dreams_stored(releases: Releases, live: int) -> int:

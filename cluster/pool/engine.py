@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -16,9 +16,7 @@ from nl_model.config import OptimizerConfig
 from nl_model.model import NestedLM
 from nl_model.optim.levelwise import build_optimizer
 from pipelines.config.pool import PoolConfig
-
-if TYPE_CHECKING:
-    from cluster.storage.training_state import TrainingState
+from pipelines.sleep.engine import TrainingState
 
 # DeepSpeed's autotuner, unused here, would import MLflow where it is installed: two seconds for every rank.
 hidden = "mlflow" not in sys.modules
@@ -61,8 +59,8 @@ def pick_backend(backend: str, device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
 
 
-class StudentEngine:
-    """Trains a model with ZeRO.
+class DeepSpeedEngine:
+    """Trains a model with ZeRO (`pipelines.sleep.engine.Engine`).
 
     Args:
         model: float32, on its device, identical on all ranks.
@@ -87,15 +85,20 @@ class StudentEngine:
             parameter.requires_grad_(name not in kept)
         model.checkpointing = pool.activation_checkpointing
         self.stage, self.bf16, self.passes = pool.zero_stage, pool.bf16_weights, pool.passes(share)
+        self.pending = 0
+        """Passes since the last write."""
+        # DeepSpeed's norm is summed in another order than torch's. Where every rank holds whole gradients, torch's is
+        # used, so that one rank without ZeRO computes the same bits as one process without DeepSpeed.
+        self.clip = 0.0 if self.stage else optimizer.clip
         self.names = [name for name, _ in model.named_parameters()]
         parameters = [p for p in model.parameters() if p.requires_grad]
         # DeepSpeed rounds the weights before it copies its masters: these are what they were.
         exact = {n: p.detach().clone() for n, p in model.named_parameters()} if self.bf16 else {}
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=model,
-            optimizer=build_optimizer(parameters, optimizer),
+            optimizer=build_optimizer(parameters, optimizer, model),
             model_parameters=parameters,
-            config=_settings(optimizer.clip, pool, share // self.passes, self.passes, parameters),
+            config=_settings(optimizer.clip - self.clip, pool, share // self.passes, self.passes, parameters),
         )
         self.frozen = {name: exact[name] for name in kept if self.bf16}
         for name, parameter in self._trained() if self.bf16 else ():
@@ -107,16 +110,21 @@ class StudentEngine:
         """Logits (B, T, V)."""
         return self.engine(tokens_BT)
 
-    def step(self, loss: Tensor, lr: float) -> None:
-        """Backward of one pass; after the last of a step: average over ranks, clip, and write with step size `lr`.
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one pass; after the last one it is averaged over the ranks."""
+        if self.pending:
+            self.engine.step()  # between two passes this only counts
+        self.engine.backward(loss)
+        self.pending += 1
 
-        Args:
-            loss: mean over the sequences of the pass; a step's gradient is that of the mean over its passes.
-            lr: step size.
-        """
+    def step(self, lr: float) -> None:
+        """After the last pass: clip and write with step size `lr`."""
+        assert self.pending == self.passes, f"{self.pending} of {self.passes} passes were made"
+        self.pending = 0
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        self.engine.backward(loss)
+        if self.clip:
+            torch.nn.utils.clip_grad_norm_([p for _, p in self._trained()], self.clip)
         self.engine.step()
 
     def weights(self) -> Iterator[Tuple[str, Tensor]]:

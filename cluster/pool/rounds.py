@@ -13,13 +13,14 @@ from ray.exceptions import RayError
 
 from cluster.driver.failures import Budgets
 from cluster.pool.dreaming import dreams_stored
+from cluster.pool.evidence import gather_storage
 from cluster.pool.group import PoolError, WorkerGroup
-from cluster.pool.judge import gather_evidence, gather_storage
 from cluster.pool.worker import RankResult
 from cluster.storage.releases import Release, Releases, shards_fingerprint
 from pipelines.config.schema import Config
 from pipelines.gate.decision import Decision, decide
 from pipelines.gate.evidence import ShardFacts
+from pipelines.gate.judge import gather_evidence
 from pipelines.machine.replan import Adjustment
 from pipelines.sleep.plan import RoundPlan, num_steps
 
@@ -59,6 +60,8 @@ class Outcome:
             "decision": self.decision.word,
             "reason": self.decision.reason,
             "figures": self.decision.figures,
+            "row": {s: v for rank in self.ranks for s, v in rank.verdict.row.items()},
+            "trainer": self.ranks[0].trainer,
             "loss": self.loss,
             "flops": sum(rank.flops for rank in self.ranks),
             "optimizer_bytes": [rank.optimizer_bytes for rank in self.ranks],
@@ -88,7 +91,6 @@ class RoundRunner:
         adjustment: Adjustment = Adjustment(),  # noqa: B008 (frozen)
     ) -> RoundPlan:
         """The plan of a round over everything between the last consolidated key and a mark."""
-        recent = mark["last_key"] - consolidated_key
         return RoundPlan(
             round=number,
             snapshot=mark["snapshot"],
@@ -97,7 +99,7 @@ class RoundRunner:
             fast=mark["fast"],
             anchor=live,
             tokens=mark["tokens"],
-            steps=num_steps(self.cfg.sleep, recent),
+            steps=num_steps(self.cfg.sleep, consolidated_key + 1, mark["last_key"]),
             seed=self.cfg.run.seed * 1_000_003 + number,
             recent_scale=adjustment.recent_scale,
             lr_scale=adjustment.lr_scale,

@@ -7,55 +7,40 @@ import socket
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Protocol, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 
-import numpy as np
 import ray
 import torch
 from torch import Tensor
 
 from cluster.actors.start import configure_torch
-from cluster.pool.dreaming import dream_together
-from cluster.pool.judge import Judge, Verdict, candidate_identity, ending_loss
+from cluster.pool.evidence import candidate_identity
 from cluster.storage.releases import Shard, inspect_shard, load_release, read_release, split, write_shard
-from cluster.storage.training_state import RoundStates, read_state, write_state
-from nl_model.config import OptimizerConfig
+from cluster.storage.training_state import RoundStates, read_state
 from nl_model.flops import forward_flops, full_step_flops
-from nl_model.model import NestedLM, autocast, resolve_device
+from nl_model.model import NestedLM, resolve_device
 from nl_model.weights import load_into, load_tensors
 from pipelines.config.schema import Config
 from pipelines.data.module import open_setting
 from pipelines.experience import Snapshot
 from pipelines.gate.evidence import ShardFacts
+from pipelines.gate.judge import Judge, Verdict
 from pipelines.gate.probe import score
-from pipelines.machine.replan import adjusted
-from pipelines.sleep.base import BaseBatches, base_sequences, base_steps
-from pipelines.sleep.batches import RoundBatches
-from pipelines.sleep.guides import StoredGuides, write_guides
-from pipelines.sleep.losses import merge_weights
-from pipelines.sleep.objective import Lesson
+from pipelines.sleep.base import Pretraining, TrueTokens, base_sequences
+from pipelines.sleep.judged import judge_candidate
 from pipelines.sleep.plan import RoundPlan
-from pipelines.sleep.schedule import learning_rate
-from pipelines.sleep.student import expand, folded, receivers_due, student_step_flops
+from pipelines.sleep.round import Pinned, run_round
+from pipelines.sleep.training import Place, Progress, train
+from pipelines.wake.writes import learner_writes
 
 if TYPE_CHECKING:
-    from cluster.pool.engine import StudentEngine
+    from cluster.pool.host import RankHost
 
-MOMENTS = "moments"
-"""Folder of a release that holds the optimizer's moments of the round that made it (sleep.keep_moments)."""
-
-
-class Batches(Protocol):
-    """Batches as a pure function of the step."""
-
-    def batch(self, step: int, rank: int = 0, world: int = 1) -> Tuple[Tensor, Tensor]:
-        """One rank's share of a step: tokens (B / world, S), recent mask (B / world,)."""
-
-    def keys(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
-        """Keys (B / world,) of the same."""
+TRAINER = "trainer"
+"""Folder of a release that holds what the round that made it left behind (sleep.carry)."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class RankResult:
     """What one rank brings home from training."""
 
@@ -67,8 +52,6 @@ class RankResult:
     """Means over the last fifth of the steps, on this rank's share."""
     verdict: Verdict = field(default_factory=Verdict)
     """What it measured on the sources that it scored."""
-    ending: float = 0.0
-    """Loss of the student on this rank's share of the last batch, once training had ended, in nats per token."""
     optimizer_bytes: int = 0
     resumed_at: int = 0
     """Steps that an earlier attempt had done."""
@@ -76,6 +59,8 @@ class RankResult:
     """FLOPs of this rank, passes of guides and of whoever spoke included."""
     dreams: Optional[Dict[str, Any]] = None
     """Rank 0: what was dreamt, as the round's record keeps it."""
+    trainer: str = "cold"
+    """Whether the trainer went on from what the last round left (pipelines/sleep/round.py)."""
 
 
 class ConsolidationWorker:
@@ -125,76 +110,86 @@ class ConsolidationWorker:
 
     def pretrain(self, directory: str) -> RankResult:
         """Train a base from scratch and write this rank's shard of it. The learner's levels stay neutral."""
-        cfg = self.cfg
-        sequences = base_sequences(self.setting.corpus, self.setting.tokenizer, cfg, self.setting.base_sources)
-        model = self._model().reset_parameters(cfg.run.seed)
-        neutral = model.owned_by("learner")
-        self.step_flops = full_step_flops(cfg.model, cfg.levels, self.setting.tokenizer.vocab_size)
-        size = cfg.base.batch * cfg.pool.ranks
-        batches = BaseBatches(sequences, size, cfg.run.seed)
-        optimizer = OptimizerConfig(lr=cfg.base.lr)
-        states = self._states({"base": base_steps(cfg), "batch": size, "seed": cfg.run.seed})
-        lesson = Lesson(cfg.sleep, base_steps(cfg), cfg.run.seed, model)
-        result, weights = self._train(lesson, batches, size, optimizer, neutral, states)
+        cfg, setting, start = self.cfg, self.setting, time.perf_counter()
+        sequences = base_sequences(setting.corpus, setting.tokenizer, cfg, setting.base_sources)
+        host = self._host(Path(directory))
+        model = host.build_model().reset_parameters(cfg.run.seed)
+        base = Pretraining.of(cfg, sequences, model)
+        steps = base.schedule.steps
+        resume = host.resume_training({"base": steps, "batch": base.batch, "seed": cfg.run.seed})
+        if resume is not None:
+            load_into(model, resume.state.weights())
+        progress = resume.progress if resume is not None else Progress()
+        resumed_at = progress.step
+        state = resume.state if resume is not None else None
+        engine = host.build_engine(model, base.optimizer, base.batch, base.frozen, state)
+        tokens = base.batch // self.world * cfg.model.context
+        train(
+            engine,
+            TrueTokens(),
+            base.batches,
+            base.schedule,
+            self.device,
+            precision=cfg.compute.precision,
+            place=self.place,
+            progress=progress,
+            after=lambda progress, loss: host.after_any_step(
+                engine, steps, progress, loss, {"trained_tokens": progress.step * tokens, "forward_tokens": 0}
+            ),
+        )
+        optimizer_bytes, weights = engine.optimizer_bytes(), dict(engine.weights())
+        engine.close()
         tensors = {f"weight/{n}": t for n, t in weights.items()}
-        tensors.update({f"offset/{n}": torch.zeros_like(weights[n]) for n in neutral})
-        result.shard = write_shard(Path(directory), self.rank, self.world, self._share(tensors))
-        self._finish(states)
-        return result
+        tensors.update({f"offset/{n}": torch.zeros_like(weights[n]) for n in learner_writes(model, cfg)})
+        shard = write_shard(Path(directory), self.rank, self.world, self._share(tensors))
+        host.finish()
+        return RankResult(
+            rank=self.rank,
+            shard=shard,
+            steps=steps,
+            seconds=time.perf_counter() - start,
+            loss=progress.loss,
+            optimizer_bytes=optimizer_bytes,
+            resumed_at=resumed_at,
+            flops=float(steps * tokens * full_step_flops(cfg.model, cfg.levels, setting.tokenizer.vocab_size)),
+        )
 
     def run_round(self, plan: RoundPlan, anchor_dir: str, directory: str, seen: List[str]) -> RankResult:
-        """Run a round and write this rank's shard of the candidate.
+        """Run a round, write this rank's shard of the candidate, and measure it.
 
         Args:
             anchor_dir: directory of the live release.
             directory: where shards of the candidate go.
             seen: sources to score.
         """
-        cfg = self.cfg
-        snapshot = self._snapshot(plan.snapshot)
+        cfg, start = self.cfg, time.perf_counter()
         live = load_release(Path(anchor_dir))
-        weights, offset = split(live, "weight"), split(live, "offset")
         unshifted, _ = load_tensors(self.run_dir / plan.fast)
-        student, awake, anchor = self._model(), self._model(), self._model()
-        load_into(anchor, weights)
-        for model in (student, awake):
-            load_into(model, {**weights, **{n: u + offset[n] for n, u in unshifted.items()}})
-        sleep = adjusted(cfg.sleep, plan.recent_scale, plan.lr_scale)
-        share = (self.rank, self.world)
-        night = dream_together(cfg, plan, snapshot, awake, Path(directory), self.setting.tokenizer, share)
-        batches = RoundBatches(snapshot, plan, sleep, night.tokens, cfg.dreams)
-        receivers = receivers_due(cfg.levels, plan.first_key * cfg.model.context, plan.tokens)
-        expansion = expand(student, receivers, sleep, plan.seed)
-        teacher, old = awake if sleep.teacher else None, anchor if sleep.anchor else None
-        lesson = Lesson(sleep, plan.steps, plan.seed, student, teacher, old)
-        if teacher is not None and sleep.guide == "stored":
-            lesson.stored, lesson.passed = self._store_guides(Path(directory), batches.visited(plan.steps), teacher)
-        self.step_flops = student_step_flops(student, expansion, sleep)
-        states = self._states(plan.to_json())
-        kept = (Path(anchor_dir) / MOMENTS, Path(directory) / MOMENTS) if sleep.keep_moments else None
-        size, optimizer = sleep.batch, sleep.optimizer
-        result, trained = self._train(lesson, batches, size, optimizer, expansion.frozen, states, kept)
-        if sleep.mode == "slots":
-            plain, tokens = self._model(), batches.batch(0)[0][:, :-1].to(self.device)
-            result.loss["fold"] = folded(plain, trained, expansion, sleep, plan.seed, tokens).divergence or 0.0
-            trained = {name: p.detach().cpu() for name, p in plain.named_parameters()}
-        if sleep.merge:
-            trained = merge_weights(trained, weights, sleep.merge)
-        forward = forward_flops(cfg.model, cfg.levels, self.setting.tokenizer.vocab_size)
-        result.dreams, result.flops = night.record, result.flops + night.passes * forward
-        tensors = {f"weight/{n}": t for n, t in trained.items()}
-        tensors.update({f"offset/{n}": trained[n] - u for n, u in unshifted.items()})
+        left = read_state(Path(anchor_dir) / TRAINER) if cfg.sleep.carry != "nothing" else None
+        weights, offset = split(live, "weight"), split(live, "offset")
+        pinned = Pinned(plan, self._snapshot(plan.snapshot), weights, offset, unshifted, left)
+        host = self._host(Path(directory))
+        found = run_round(pinned, host, host.keep)
+        tensors = {f"weight/{n}": t for n, t in found.weights.items()}
+        tensors.update({f"offset/{n}": t for n, t in found.offset.items()})
         identity = candidate_identity(plan, read_release(Path(anchor_dir)).fingerprint)
-        result.shard = write_shard(Path(directory), self.rank, self.world, self._share(tensors), identity)
-        candidate = self._model()
-        load_into(candidate, trained)
-        mine, recent = seen[self.rank :: self.world], batches.recent_sources()
-        last = batches.batch(max(0, plan.steps - 1), self.rank, self.world)[0].to(self.device)
-        stored = ending_loss(candidate, last, cfg.compute.precision)
-        ending = (stored if sleep.merge else result.ending, stored)  # averaged weights were never trained at
-        result.verdict = self.judge.measure(plan.anchor, candidate, anchor, awake, mine, recent, ending)
-        self._finish(states)
-        return result
+        shard = write_shard(Path(directory), self.rank, self.world, self._share(tensors), identity)
+        verdict = judge_candidate(self.judge, found, plan.anchor, seen[self.rank :: self.world], host)
+        host.finish()
+        forward = forward_flops(cfg.model, cfg.levels, self.setting.tokenizer.vocab_size)
+        return RankResult(
+            rank=self.rank,
+            shard=shard,
+            steps=found.steps,
+            seconds=time.perf_counter() - start,
+            loss=found.loss,
+            verdict=verdict,
+            optimizer_bytes=found.optimizer_bytes,
+            resumed_at=found.resumed_at,
+            flops=found.flops + verdict.tokens * forward,
+            dreams=found.dreams,
+            trainer=found.trainer,
+        )
 
     def inspect(self, directory: str, files: List[str]) -> List[ShardFacts]:
         """Read back shards of a candidate that other ranks wrote (with one rank its own)."""
@@ -202,9 +197,11 @@ class ConsolidationWorker:
 
     def score_release(self, directory: str) -> Dict[str, float]:
         """Bits per byte of a release at rest on this rank's share of all sources."""
-        model = self._model()
+        model = NestedLM(self.cfg.model, self.cfg.levels, self.setting.tokenizer.vocab_size).to(self.device)
         load_into(model, split(load_release(Path(directory)), "weight"))
-        return score(model, self.probes, self.setting.sources[self.rank :: self.world], self.cfg.compute.precision)
+        return score(
+            model, self.judge.reported, self.setting.sources[self.rank :: self.world], self.cfg.compute.precision
+        )
 
     def _snapshot(self, version: int) -> Snapshot:
         """A snapshot of the store; what an earlier round opened is extended, not read again."""
@@ -214,106 +211,21 @@ class ConsolidationWorker:
             self.snapshot = self.snapshot.extend(version)
         return self.snapshot
 
-    def _model(self) -> NestedLM:
-        cfg = self.cfg
-        return NestedLM(cfg.model, cfg.levels, self.setting.tokenizer.vocab_size).to(self.device)
+    def _host(self, directory: Path) -> RankHost:
+        from cluster.pool.host import RankHost  # noqa: PLC0415 (DeepSpeed is slow to load: ranks only)
 
-    def _states(self, key: Dict[str, Any]) -> RoundStates:
-        return RoundStates(self.run_dir / "checkpoints" / "pool", key, self.cfg.pool.checkpoint_every)
+        def states(key: Dict[str, Any]) -> RoundStates:
+            return RoundStates(self.run_dir / "checkpoints" / "pool", key, self.cfg.pool.checkpoint_every)
 
-    def _finish(self, states: RoundStates) -> None:
-        """The shard is on disk. Should another rank fail yet, the repeated attempt begins anew."""
-        if not self.rank:
-            states.clear()
+        def show(step: int, steps: int, loss: float) -> None:
+            self.done = (step, steps, loss)
+
+        return RankHost(self.cfg, self.place, self.device, self.setting.tokenizer, directory, states, show)
+
+    @property
+    def place(self) -> Place:
+        """Which of the ranks this is."""
+        return Place(self.rank, self.world)
 
     def _share(self, tensors: Dict[str, Tensor]) -> Dict[str, Tensor]:
         return {name: tensors[name] for name in sorted(tensors)[self.rank :: self.world]}
-
-    def _train(
-        self,
-        lesson: Lesson,
-        batches: Batches,
-        batch: int,
-        optimizer: OptimizerConfig,
-        frozen: Iterable[str] = (),
-        states: Optional[RoundStates] = None,
-        kept: Optional[Tuple[Path, Path]] = None,
-    ) -> Tuple[RankResult, Dict[str, Tensor]]:
-        """Train the student and return this rank's result and the full weights.
-
-        Args:
-            states: where it may go on from, and what it leaves on its way.
-            kept: directories of the moments it starts with, and of those it ends with.
-        """
-        from cluster.pool.engine import StudentEngine  # noqa: PLC0415
-
-        cfg, steps, start = self.cfg, lesson.steps, time.perf_counter()
-        result = RankResult(self.rank, Shard("", "", []), steps, 0.0)
-        sums: Dict[str, List[float]] = {}
-        state = states.newest() if states is not None else None
-        if state is not None:
-            load_into(lesson.student, state.weights())
-            result.resumed_at = state.step
-            progress = state.progress_of(self.rank, self.world)
-            lesson.trained, lesson.passed, sums = progress["trained"], progress["passed"], progress["losses"]
-        before = state if state is not None or kept is None else read_state(kept[0])
-        engine = StudentEngine(lesson.student, optimizer, cfg.pool, batch // self.world, frozen, before)
-        for step in range(result.resumed_at, steps):
-            tokens, recent = (t.to(self.device) for t in batches.batch(step, self.rank, self.world))
-            keys = batches.keys(step, self.rank, self.world)
-            found = self._step(engine, lesson, step, tokens, recent, keys, learning_rate(optimizer.lr, step, steps))
-            self.done = (step + 1, steps, found["total"])
-            if step >= steps - max(1, steps // 5):
-                for name, value in found.items():
-                    sums.setdefault(name, []).append(value)
-            if states is not None:
-                so_far = {"trained": lesson.trained, "passed": lesson.passed, "losses": sums}
-                states.after(engine, step + 1, steps, so_far)
-        result.loss = {name: sum(values) / len(values) for name, values in sums.items()}
-        result.flops = self._flops(lesson)
-        last = batches.batch(max(0, steps - 1), self.rank, self.world)[0].to(self.device)
-        result.ending = ending_loss(engine, last, cfg.compute.precision)
-        result.optimizer_bytes = engine.optimizer_bytes()
-        weights = dict(engine.weights())
-        if kept is not None:
-            write_state(kept[1], engine, {"steps": steps}, steps, weights=False)
-        engine.close()
-        result.seconds = time.perf_counter() - start
-        return result, weights
-
-    def _step(
-        self,
-        engine: StudentEngine,
-        lesson: Lesson,
-        step: int,
-        tokens: Tensor,
-        recent: Tensor,
-        keys: np.ndarray,
-        lr: float,
-    ) -> Dict[str, float]:
-        """One step in as many passes as the engine makes of it; returns the losses, means over the passes."""
-        found: Dict[str, List[Tensor]] = {}
-        for i in range(engine.passes):
-            rows = slice(i, None, engine.passes)  # every pass has its share of recent and of old experience
-            with autocast(self.device, self.cfg.compute.precision):
-                loss, parts = lesson.loss(step, engine, tokens[rows], recent[rows], keys[rows])
-            engine.step(loss, lr)
-            for name, value in {"total": loss.detach(), **parts}.items():
-                found.setdefault(name, []).append(value)
-        return {name: float(sum(values)) / len(values) for name, values in found.items()}
-
-    def _flops(self, lesson: Lesson) -> float:
-        shape = (self.cfg.model, self.cfg.levels, self.setting.tokenizer.vocab_size)
-        return float(lesson.trained * self.step_flops + lesson.passed * forward_flops(*shape))
-
-    def _store_guides(self, directory: Path, rows: np.ndarray, teacher: NestedLM) -> Tuple[StoredGuides, int]:
-        """Write this rank's share of the teacher's guides; returns those of all ranks, and the tokens read for it."""
-        assert self.snapshot is not None
-        paths = [directory / f"guides-{rank:05d}.arrow" for rank in range(self.world)]
-        mine, precision = rows[self.rank :: self.world], self.cfg.compute.precision
-        tokens = write_guides(paths[self.rank], teacher, self.snapshot, mine, self.cfg.sleep.top_k, precision)
-        torch.distributed.barrier()
-        stored = StoredGuides(paths)
-        torch.distributed.barrier()
-        paths[self.rank].unlink()  # what is mapped stays readable; the candidate keeps nothing of it
-        return stored, tokens

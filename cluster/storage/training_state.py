@@ -8,7 +8,8 @@ tensors of every N-th parameter as safetensors: gathered one at a time, as a can
 nothing to convert.
 
 A state is a directory: `state-R-of-N.safetensors` per rank, and `STABLE` (JSON), written last, without which it does
-not exist. Tensors are called `weight/PARAMETER` and `MOMENT/PARAMETER`, all fp32.
+not exist. Tensors are called `weight/PARAMETER`, `average/PARAMETER` and
+`MOMENT/PARAMETER`, all fp32.
 """
 
 from __future__ import annotations
@@ -17,19 +18,20 @@ import hashlib
 import json
 import shutil
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from nl_model.weights import save_tensors, write_durably
-
-if TYPE_CHECKING:
-    from cluster.pool.engine import StudentEngine
+from pipelines.sleep.engine import Engine
 
 MARKER = "STABLE"
+NO_MOMENTS = ("weight", "average")
+"""Prefixes of tensors that are no optimizer's."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,20 @@ class TrainingState:
 
     def moments(self) -> List[str]:
         """Names of the moments (Adam: exp_avg and exp_avg_sq)."""
-        return sorted({name.partition("/")[0] for name in self.places} - {"weight"})
+        return sorted({name.partition("/")[0] for name in self.places} - set(NO_MOMENTS))
 
     def weights(self) -> Dict[str, Tensor]:
         """All weights by parameter name; empty where only moments were kept."""
-        names = [name for name in self.places if name.startswith("weight/")]
-        found = {name.removeprefix("weight/"): self.get(name) for name in names}
+        return self._below("weight")
+
+    def average(self) -> Dict[str, Tensor]:
+        """The average of the weights so far, by parameter name; empty where none is kept."""
+        return self._below("average")
+
+    def _below(self, prefix: str) -> Dict[str, Tensor]:
+        found = {
+            name.removeprefix(f"{prefix}/"): self.get(name) for name in self.places if name.startswith(f"{prefix}/")
+        }
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def progress_of(self, rank: int, world: int) -> Dict[str, Any]:
@@ -90,11 +100,12 @@ class TrainingState:
 
 def write_state(
     directory: Path,
-    engine: StudentEngine,
+    engine: Engine,
     key: Mapping[str, Any],
     step: int = 0,
     progress: Optional[Mapping[str, Any]] = None,
     weights: bool = True,
+    average: Optional[Mapping[str, Tensor]] = None,
 ) -> None:
     """Write a state. A collective; when rank 0 comes back, the state is whole.
 
@@ -104,13 +115,17 @@ def write_state(
         step: steps done.
         progress: what this rank wants to have again.
         weights: write them too, and not only the moments.
+        average: of the weights, the same on every rank; written too where there is one.
     """
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     if not rank:
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
     torch.distributed.barrier()
-    kept = {name: tensor for i, (name, tensor) in enumerate(engine.state(weights)) if i % world == rank}
+    averages = ((f"average/{name}", tensor) for name, tensor in (average or {}).items())
+    kept = {
+        name: tensor for i, (name, tensor) in enumerate(chain(engine.state(weights), averages)) if i % world == rank
+    }
     file = f"state-{rank:05d}-of-{world:05d}.safetensors"
     mine = (file, save_tensors(directory / file, kept), sorted(kept), dict(progress or {}))
     found = _gathered(mine)
@@ -164,12 +179,19 @@ class RoundStates:
             self.clear()
         return None
 
-    def after(self, engine: StudentEngine, step: int, steps: int, progress: Mapping[str, Any]) -> None:
+    def after(
+        self,
+        engine: Engine,
+        step: int,
+        steps: int,
+        progress: Mapping[str, Any],
+        average: Optional[Mapping[str, Tensor]] = None,
+    ) -> None:
         """To be called by every rank after a step: writes a state where one is due, and removes older ones."""
         if not self.every or step % self.every or step == steps:
             return
         directory = self.directory / f"step-{step:08d}"
-        write_state(directory, engine, self.key, step, progress)
+        write_state(directory, engine, self.key, step, progress, average=average)
         if not torch.distributed.get_rank():
             for older in self.directory.glob("step-*"):
                 if older != directory:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nl_model.levelled import Levelled
 from nl_model.optim.registry import build_optimizer
+from nl_model.optim.write import write_gradients
 
 __all__ = ["LevelOptimizers", "build_optimizer", "set_steps", "steps_of"]
 
@@ -61,10 +62,8 @@ class LevelOptimizers:
             for parameter in parameters:
                 if parameter.grad is not None:
                     parameter.grad.div_(self.tokens[name])
-        if cfg.clip:
-            torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
-        self.optimizers[name].step()
-        self.discard(name)
+        write_gradients(self.optimizers[name], parameters, cfg.clip)
+        self.tokens[name] = 0
         self.writes[name] += 1
 
     def discard(self, name: str) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from pipelines.config.schema import Config
 from pipelines.data.module import Setting, open_setting
 from pipelines.data.stream import Probe
+from pipelines.gate.probe import split_probe
 from pipelines.sleep.base import base_sequences
 
 GATE_SEQUENCES = 4
@@ -116,7 +117,7 @@ def load_material(cfg: Config, order: str, scratch: bool = False) -> Material:
     base = _stack("base", texts, sources)
     judged, gate = {}, {}
     for name, probe in setting.probes().items():
-        judged[name], gate[name] = split_probe(probe)
+        judged[name], gate[name] = split_probe(probe, GATE_SEQUENCES)
     segments = _cut(cfg, rows, names, sources)
     context, ends = cfg.model.context, {}
     for position, source in enumerate(keys, start=1):
@@ -153,19 +154,3 @@ def _cut(cfg: Config, rows: Segment, names: List[str], sources: List[str]) -> Li
         Segment(title, rows.tokens_NS[a:b], rows.sources_N[a:b], rows.bytes_N[a:b])
         for title, (a, b) in zip(titles, places, strict=True)
     ]
-
-
-def split_probe(probe: Probe) -> Tuple[Probe, Probe]:
-    """Sequences for judging methods, and `GATE_SEQUENCES` others, spread evenly, for gates; one serves both."""
-    rows = len(probe.tokens)
-    if rows < 2:
-        return probe, probe
-    count = min(GATE_SEQUENCES, rows // 2)
-    chosen = np.zeros(rows, bool)
-    chosen[(2 * np.arange(count) + 1) * rows // (2 * count)] = True
-    return _rows_of(probe, ~chosen), _rows_of(probe, chosen)
-
-
-def _rows_of(probe: Probe, chosen: np.ndarray) -> Probe:
-    sizes = tuple(size for size, is_in in zip(probe.row_bytes, chosen, strict=True) if is_in)
-    return Probe(probe.source, probe.tokens[chosen], sum(sizes), sizes)

@@ -15,6 +15,8 @@ BOUNDS = ("mean", "low", "high")
 class GateConfig:
     """The test a candidate must pass before it goes live. Figures in bits per byte unless said."""
 
+    sequences: int = 8
+    """Held-out sequences per source (half of them at most) that the gate decides on; reports are made of the others."""
     max_forgetting: float = 0.25
     """Most a candidate may lose on any source seen before, against the anchor."""
     budgets: Dict[str, float] = field(default_factory=dict)
@@ -50,6 +52,7 @@ class GateConfig:
     """Factor of the pool's step size at every such change."""
 
     def __post_init__(self) -> None:
+        at_least("gate.sequences", self.sequences, 1)
         at_least("gate.max_forgetting", self.max_forgetting, 0)
         for source, budget in self.budgets.items():
             at_least(f"gate.budgets.{source}", budget, 0)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Dict, List, Optional
 
 from nl_model.config import LevelConfig, ModelConfig, OptimizerConfig, check_levels, in_tokens
-from pipelines.config.checks import at_least, one_of
+from pipelines.config.checks import at_least, one_of, share
 from pipelines.config.dreams import DreamConfig
 from pipelines.config.gate import GateConfig
 from pipelines.config.pool import PoolConfig
@@ -14,6 +14,7 @@ from pipelines.config.sleep import SleepConfig
 from pipelines.config.when import WhenConfig
 
 SCHEDULES = ("sequential", "mixed", "soft")
+WRITES = ("fast", "none", "all")
 MOST_RECALL = 1 << 30
 TOKENIZERS = ("byte", "bpe")
 
@@ -113,6 +114,17 @@ class WakeConfig:
 
     batch: int = 16
     """Sequences per wake step."""
+    writes: str = "fast"
+    """What the learner writes: fast (its own levels), none (it only reads, the pool learns), or all (every level, as
+    one trainer on new and replayed text; the pool then trains nothing and publishes what the learner is)."""
+    decay: float = 0.0
+    """Share of what the learner's levels differ from the release's rest by that every write takes back
+    (writes=fast)."""
+    trained: float = 1.0
+    """Tokens trained on per token streamed, replayed ones included (writes=all; decided by sleep.epochs where
+    given)."""
+    replay: float = 0.0
+    """Share of replayed text in what is trained on (writes=all)."""
     checkpoint_every: int = 32
     """Wake steps between checkpoints of the learner (a resume replays at most this many)."""
     recall: int = 131072
@@ -121,6 +133,10 @@ class WakeConfig:
 
     def __post_init__(self) -> None:
         at_least("wake.batch", self.batch, 1)
+        one_of("wake.writes", self.writes, WRITES)
+        share("wake.decay", self.decay)
+        at_least("wake.trained", self.trained, 0)
+        share("wake.replay", self.replay)
         at_least("wake.recall", self.recall, 0)
         if self.recall > MOST_RECALL or self.recall & (self.recall - 1):
             fitting = min(MOST_RECALL, 1 << self.recall.bit_length() - 1)
@@ -156,6 +172,18 @@ class ControlConfig:
     """Train the control after the stream has ended."""
     learning_rates: List[float] = field(default_factory=lambda: [1e-4, 3e-4])
     """Step sizes tried, each in a process of its own; the best by final mean bits per byte is reported."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """What a run measures of itself, for people alone: no decision sees it, and its FLOPs are not counted."""
+
+    look_every: int = 0
+    """Tokens between two looks: the served model (live release and fast levels as they stand) and the release alone are
+    measured on all sources seen so far. 0: none."""
+
+    def __post_init__(self) -> None:
+        at_least("report.look_every", self.look_every, 0)
 
 
 @dataclass(frozen=True)
@@ -260,6 +288,7 @@ class Config:
     store: StoreConfig = field(default_factory=StoreConfig)
     pool: PoolConfig = field(default_factory=PoolConfig)
     control: ControlConfig = field(default_factory=ControlConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     failures: FailureConfig = field(default_factory=FailureConfig)

@@ -11,6 +11,8 @@ SAMPLERS = ("uniform", "recency", "surprise")
 GUIDES = ("recompute", "stored")
 MIXINGS = ("constant", "linear", "cosine")
 MODES = ("all", "dense", "slots")
+SCHEDULES = ("cosine", "constant")
+CARRIES = ("nothing", "moments", "trainer")
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,9 @@ class SleepConfig:
     """slots: most slots that a router lets fire for a token; 0: no router, all count in full and folding is exact."""
     tokens_per_token: float = 0.5
     """Tokens trained on asleep per token streamed awake since the last round."""
+    epochs: float = 0.0
+    """FLOPs of wake and sleep together per streamed token, in full training steps; decides tokens_per_token. 0: that
+    key says it."""
     max_steps: int = 0
     """Most steps of one round; 0: no limit."""
     max_queued: int = 4
@@ -57,8 +62,13 @@ class SleepConfig:
     """Sequences per step over all ranks together."""
     recent: float = 0.5
     """Share of recent experience in a batch; the rest is older experience, replayed."""
+    replay_bytes: int = 0
+    """Bytes of text (one per token) that replay may hold of the past: a fair sample of all of it. 0: everything."""
     sampler: str = "uniform"
     """How older experience is drawn: uniform, recency, or surprise."""
+    balance: float = 0.0
+    """0: older experience is drawn as the sampler says. 1: every source equally often; in between, by a power of its
+    share. A label that a source has is all that is known of it."""
     half_life: int = 2048
     """Half-life of the recency sampler, in experiences."""
     surprise_cap: float = 3.0
@@ -86,9 +96,19 @@ class SleepConfig:
     imitation: ImitationConfig = field(default_factory=ImitationConfig)
     """Reward for what the student says in such a step."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=2e-3))
-    """Optimizer of the pool over all levels of the student; lr is the peak of a warmed-up cosine per round."""
-    keep_moments: bool = False
-    """Start a round with the optimizer's moments of the round that made its anchor, instead of with none."""
+    """Optimizer of the pool over all levels of the student; lr is the peak of sleep.schedule."""
+    schedule: str = "cosine"
+    """Step size: cosine (warmed up and cooled down within every round) or constant (never cooled down: needs
+    sleep.average to release something cool)."""
+    warmup: int = 20
+    """Steps of the warm-up of a constant step size, once in a run."""
+    carry: str = "nothing"
+    """What a round takes over from the round that made its anchor: nothing (it starts from the release, without
+    moments), moments, or trainer (moments and the weights that the release is an average of)."""
+    average: int = 0
+    """Horizon in steps of the exponential average of weights that is released; 0: the last weights are."""
+    average_every: int = 4
+    """Steps between two samples of that average."""
     merge: float = 0.0
     """Weight of the anchor's weights in the candidate (it is averaged with what has been trained); pays where the store
     holds little of the past."""
@@ -110,9 +130,28 @@ class SleepConfig:
         share("sleep.teacher", self.teacher)
         share("sleep.anchor", self.anchor)
         share("sleep.merge", self.merge)
+        share("sleep.balance", self.balance)
+        at_least("sleep.replay_bytes", self.replay_bytes, 0)
+        at_least("sleep.epochs", self.epochs, 0)
+        one_of("sleep.schedule", self.schedule, SCHEDULES)
+        at_least("sleep.warmup", self.warmup, 1)
+        one_of("sleep.carry", self.carry, CARRIES)
+        at_least("sleep.average", self.average, 0)
+        at_least("sleep.average_every", self.average_every, 1)
+        self._check_average()
         self._check_guides()
         # ZeRO hands an optimizer flat shards; one that looks at whole matrices cannot work with them.
         one_of("sleep.optimizer.name", self.optimizer.name, ("adamw", "sgd"))
+
+    def _check_average(self) -> None:
+        if self.carry == "trainer" and self.mode == "slots":
+            raise ValueError("sleep.carry=trainer goes on with weights that slots are folded into; use sleep.mode=all")
+        if self.average and self.mode == "slots":
+            raise ValueError(
+                f"sleep.average={self.average} averages whole weights; use it with sleep.mode=all or dense"
+            )
+        if self.average and self.merge:
+            raise ValueError(f"sleep.average={self.average} and sleep.merge={self.merge} both average; use one of them")
 
     def _check_guides(self) -> None:
         one_of("sleep.mixing", self.mixing, MIXINGS)

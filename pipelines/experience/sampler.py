@@ -7,11 +7,15 @@ process may draw any step, in any order, and gets the same rows.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import numpy.typing as npt
 
 from pipelines.config.sleep import SAMPLERS
-from pipelines.experience.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from pipelines.experience.replay import Experience
 
 Rows = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -72,6 +76,11 @@ class Uniform:
         """`rows`: the candidates, shape (n,). Raises ValueError if there are none."""
         self.rows = _candidates(rows)
 
+    @property
+    def shares(self) -> Floats:
+        """Probability of each row in one draw (n,)."""
+        return np.full(len(self.rows), 1.0 / len(self.rows))
+
     def draw(self, n: int, seed: int, step: int) -> tuple[Rows, Floats]:
         """(rows, probability of each in one draw), both of shape (n,)."""
         places = (uniforms(n, seed, step) * len(self.rows)).astype(np.int64)
@@ -81,7 +90,7 @@ class Uniform:
 class Recency(_Table):
     """Weight 2^(-age / half_life), the age counted in experiences behind the newest candidate."""
 
-    def __init__(self, snapshot: Snapshot, rows: Rows, half_life: float) -> None:
+    def __init__(self, snapshot: Experience, rows: Rows, half_life: float) -> None:
         """`half_life` in experiences. Rows of the base mixture count as older than the stream."""
         if not half_life > 0:
             raise ValueError(f"half_life={half_life} must be positive")
@@ -97,7 +106,7 @@ class Surprise(_Table):
     share `source_cap` (or 1 / number of sources, if that is more); rows of the other sources gain in proportion.
     """
 
-    def __init__(self, snapshot: Snapshot, rows: Rows, cap: float, source_cap: float) -> None:
+    def __init__(self, snapshot: Experience, rows: Rows, cap: float, source_cap: float) -> None:
         """`cap` in multiples of the mean weight, at least 1; `source_cap` in [0, 1]."""
         if not cap >= 1 or not 0 <= source_cap <= 1:
             raise ValueError(f"surprise cap={cap} must be at least 1 and source_cap={source_cap} lie between 0 and 1")
@@ -114,26 +123,42 @@ class Surprise(_Table):
         super().__init__(rows, within * wanted[codes])
 
 
-Sampler = Uniform | Recency | Surprise
+class Balanced(_Table):
+    """Another sampler's shares, times a power of each source's number of rows: labels are all that is known of
+    sources."""
+
+    def __init__(self, snapshot: Experience, inner: Uniform | Recency | Surprise, balance: float) -> None:
+        """`balance`: 0 changes nothing, 1 gives every source the same share (of the same sampler)."""
+        codes = snapshot.source_ids[inner.rows]
+        counts = np.bincount(codes)
+        shares = inner.shares * counts[codes].astype(np.float64) ** -balance
+        super().__init__(inner.rows, shares / shares.sum())
+
+
+Sampler = Uniform | Recency | Surprise | Balanced
 
 
 def build_sampler(
     name: str,
-    snapshot: Snapshot,
+    snapshot: Experience,
     rows: Rows,
     *,
+    balance: float = 0.0,
     half_life: float = 2048,
     surprise_cap: float = 3.0,
     source_cap: float = 0.5,
 ) -> Sampler:
     """The sampler `name` (uniform, recency or surprise) over `rows` of `snapshot`; takes the fields of SleepConfig."""
+    inner: Uniform | Recency | Surprise
     if name == "uniform":
-        return Uniform(rows)
-    if name == "recency":
-        return Recency(snapshot, rows, half_life)
-    if name == "surprise":
-        return Surprise(snapshot, rows, surprise_cap, source_cap)
-    raise ValueError(f"sampler={name!r} is unknown; use one of {', '.join(SAMPLERS)}")
+        inner = Uniform(rows)
+    elif name == "recency":
+        inner = Recency(snapshot, rows, half_life)
+    elif name == "surprise":
+        inner = Surprise(snapshot, rows, surprise_cap, source_cap)
+    else:
+        raise ValueError(f"sampler={name!r} is unknown; use one of {', '.join(SAMPLERS)}")
+    return Balanced(snapshot, inner, balance) if balance else inner
 
 
 def _candidates(rows: Rows) -> Rows:

@@ -70,6 +70,25 @@ def prompt_divergence(
     return float(F.kl_div(logs_BTV[0], logs_BTV[1], log_target=True, reduction="none").sum(-1).double().mean())
 
 
+def split_probe(probe: Probe, most: int) -> Tuple[Probe, Probe]:
+    """Sequences that reports are made of, and `most` others (half at most), spread evenly, that gates decide on.
+
+    A single sequence serves both.
+    """
+    rows = len(probe.tokens)
+    if rows < 2:
+        return probe, probe
+    count = min(most, rows // 2)
+    chosen = np.zeros(rows, bool)
+    chosen[(2 * np.arange(count) + 1) * rows // (2 * count)] = True
+    return _rows_of(probe, ~chosen), _rows_of(probe, chosen)
+
+
+def _rows_of(probe: Probe, chosen: np.ndarray) -> Probe:
+    sizes = tuple(size for size, is_in in zip(probe.row_bytes, chosen, strict=True) if is_in)
+    return Probe(probe.source, probe.tokens[chosen], sum(sizes), sizes)
+
+
 @dataclass(frozen=True)
 class Row:
     """One row of the matrix: a live model and its score on every source."""

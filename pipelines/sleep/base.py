@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, replace
-from typing import List, Tuple
+from dataclasses import asdict, dataclass, replace
+from typing import Callable, Dict, List, Tuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nl_model.config import ordered_levels
+from nl_model.config import OptimizerConfig, ordered_levels
+from nl_model.losses import token_nll
+from nl_model.model import NestedLM
 from pipelines.config.load import config_hash
 from pipelines.config.schema import Config
 from pipelines.data.corpus import Corpus
 from pipelines.data.stream import Sequence, Stream
 from pipelines.data.tokens import Tokenizer
 from pipelines.experience import Record
+from pipelines.sleep.schedule import Schedule
+from pipelines.sleep.training import ALONE, Batch, Place
 
 
 def base_sequences(corpus: Corpus, tokenizer: Tokenizer, cfg: Config, sources: List[str]) -> List[Sequence]:
@@ -71,19 +75,50 @@ class BaseBatches:
         self.tokens = np.stack([s.tokens for s in sequences])
         self.size, self.seed = batch, seed
 
-    def keys(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
+    def keys(self, step: int, place: Place = ALONE) -> np.ndarray:
         """Numbers of the sequences of one rank's share of a step: int64 (B / world,)."""
         positions = np.arange(step * self.size, (step + 1) * self.size)
         epochs, places = np.divmod(positions, len(self.tokens))
         orders = {e: np.random.default_rng([self.seed, int(e)]).permutation(len(self.tokens)) for e in set(epochs)}
-        return np.array([orders[e][p] for e, p in zip(epochs, places, strict=True)])[rank::world]
+        rows = np.array([orders[e][p] for e, p in zip(epochs, places, strict=True)])
+        return rows[place.rank :: place.world]
 
-    def batch(self, step: int, rank: int = 0, world: int = 1) -> Tuple[Tensor, Tensor]:
-        """One rank's share of a step: int64 tokens (B / world, S) and an all-true mask (B / world,)."""
-        rows = self.keys(step, rank, world)
-        return torch.from_numpy(self.tokens[rows].astype(np.int64)), torch.ones(len(rows), dtype=torch.bool)
+    def batch(self, step: int, place: Place = ALONE) -> Batch:
+        """One rank's share of a step; all of it counts as recent."""
+        rows = self.keys(step, place)
+        tokens_BS = torch.from_numpy(self.tokens[rows].astype(np.int64))
+        return Batch(tokens_BS, torch.ones(len(rows), dtype=torch.bool), rows)
+
+
+class TrueTokens:
+    """The objective of plain training: the loss of the text."""
+
+    def loss(self, step: int, forward: Callable[[Tensor], Tensor], batch: Batch) -> Tuple[Tensor, Dict[str, Tensor]]:
+        """Mean loss in nats per token."""
+        return token_nll(forward(batch.tokens_BS[:, :-1]), batch.tokens_BS[:, 1:]).mean(), {}
 
 
 def base_steps(cfg: Config) -> int:
     """Steps of base pretraining over all ranks together."""
     return cfg.base.tokens // (cfg.base.batch * cfg.pool.ranks * cfg.model.context)
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """What base pretraining is made of, beside the model and the engine: the same wherever it runs."""
+
+    batches: BaseBatches
+    batch: int
+    """Sequences per step over all ranks."""
+    schedule: Schedule
+    optimizer: OptimizerConfig
+    frozen: List[str]
+    """Parameters that stay as they are: the learner's levels, which are neutral until it writes them."""
+
+    @classmethod
+    def of(cls, cfg: Config, sequences: List[Sequence], model: NestedLM) -> Pretraining:
+        """Pretraining as configured, over a mixture."""
+        size = cfg.base.batch * cfg.pool.ranks
+        schedule = Schedule("cosine", cfg.base.lr, base_steps(cfg))
+        batches = BaseBatches(sequences, size, cfg.run.seed)
+        return cls(batches, size, schedule, OptimizerConfig(lr=cfg.base.lr), model.owned_by("learner"))

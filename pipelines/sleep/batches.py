@@ -10,12 +10,13 @@ from typing import List, Optional, Tuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pipelines.config.dreams import DreamConfig
 from pipelines.config.sleep import SleepConfig
-from pipelines.experience import DREAM_KEY, KINDS, Sampler, Snapshot, build_sampler
+from pipelines.experience import DREAM_KEY
+from pipelines.experience.replay import Experience, Replay, usable
 from pipelines.sleep.plan import RoundPlan
+from pipelines.sleep.training import ALONE, Batch, Place
 
 
 class RoundBatches:
@@ -33,31 +34,23 @@ class RoundBatches:
 
     def __init__(
         self,
-        snapshot: Snapshot,
+        snapshot: Experience,
         plan: RoundPlan,
         cfg: SleepConfig,
         dreams: Optional[np.ndarray] = None,
         mixing: Optional[DreamConfig] = None,
     ) -> None:
-        usable = (snapshot.kinds != KINDS.index("quarantined")) & (snapshot.keys < DREAM_KEY)
-        recent = usable & (snapshot.keys >= plan.first_key) & (snapshot.keys <= plan.last_key)
-        old = usable & (snapshot.keys < plan.first_key)
+        fit = usable(snapshot)
+        recent = fit & (snapshot.keys >= plan.first_key) & (snapshot.keys <= plan.last_key)
+        old = np.flatnonzero(fit & (snapshot.keys < plan.first_key))
         self.snapshot, self.plan = snapshot, plan
         self.recent_rows = np.flatnonzero(recent)
-        if not len(self.recent_rows) and not old.any():
+        self.replay = Replay(snapshot, old, cfg, plan.store_seed)
+        if not len(self.recent_rows) and not len(self.replay.held):
             raise ValueError(f"round {plan.round}: no usable experience up to key {plan.last_key}")
-        self.old: Optional[Sampler] = None
         self.num_recent = cfg.batch
-        if old.any():
+        if len(self.replay.held):
             self.num_recent = round(cfg.recent * cfg.batch) if len(self.recent_rows) else 0
-            self.old = build_sampler(
-                cfg.sampler,
-                snapshot,
-                np.flatnonzero(old),
-                half_life=cfg.half_life,
-                surprise_cap=cfg.surprise_cap,
-                source_cap=cfg.source_cap,
-            )
         self.num_old = cfg.batch - self.num_recent
         self.dreams = np.empty((0, snapshot.context + 1), np.int64) if dreams is None else dreams
         mixing = mixing or DreamConfig()
@@ -74,9 +67,8 @@ class RoundBatches:
         """Row numbers (B - dreams of the step,) of a step, and which of them are recent, bool of the same shape."""
         first = step * self.num_recent
         recent = [self._recent(first + i) for i in range(self.num_recent)]
-        old = np.empty(0, np.int64)
-        if self.old is not None and self.num_old:
-            old = self.old.draw(self.num_old, self.plan.seed, step)[0][: self.num_old - len(self.dreamt(step))]
+        # All are drawn, whatever is dreamt instead of some: dreams change no draw.
+        old = self.replay.draw(self.num_old, self.plan.seed, step)[: self.num_old - len(self.dreamt(step))]
         rows = np.concatenate([np.asarray(recent, dtype=np.int64), old])
         return rows, np.arange(len(rows)) < self.num_recent
 
@@ -102,17 +94,17 @@ class RoundBatches:
         read = min(steps * self.num_recent, len(self.recent_rows))
         return np.sort(self.recent_rows[self._order(0)[:read]]) if read else self.recent_rows[:0]
 
-    def keys(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
+    def keys(self, step: int, place: Place = ALONE) -> np.ndarray:
         """Keys of one rank's share of a step: int64 (B / world,); those of dreams are no experience's."""
         real = self.snapshot.keys[self.rows(step)[0]]
-        return np.concatenate([real, DREAM_KEY + self.dreamt(step)])[rank::world]
+        return np.concatenate([real, DREAM_KEY + self.dreamt(step)])[place.rank :: place.world]
 
-    def batch(self, step: int, rank: int = 0, world: int = 1) -> Tuple[Tensor, Tensor]:
-        """One rank's share of a step: int64 tokens (B / world, S) and the mask (B / world,) of recent and dreamt."""
+    def batch(self, step: int, place: Place = ALONE) -> Batch:
+        """One rank's share of a step: what is recent or dreamt is marked as recent."""
         rows, recent = self.rows(step)
         dreams = self.dreams[self.dreamt(step)]
-        mine = np.arange(len(rows) + len(dreams))[rank::world]
+        mine = np.arange(len(rows) + len(dreams))[place.rank :: place.world]
         real, dreamt = mine[mine < len(rows)], mine[mine >= len(rows)] - len(rows)
         tokens = np.concatenate([self.snapshot.tokens(rows[real]).astype(np.int64), dreams[dreamt]])
         mask = np.concatenate([recent[real], np.ones(len(dreamt), bool)])
-        return torch.from_numpy(tokens), torch.from_numpy(mask)
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(mask), self.keys(step, place))

@@ -1,11 +1,11 @@
-"""On-policy steps: the student continues stored text itself, and is measured, and rewarded, on what it said.
+"""On-policy steps: the student continues stored text itself, and is measured, and rewarded, on what it continuation.
 
 Generalised distillation mixes divergences on stored and on the student's own text, (1 - lambda) E_D[F] + lambda E_S[F]
 (Agarwal et al. 2024; lambda is sleep.on_policy): each step is of one kind, drawn by its seed. Learning to imitate
-(Sleep, Eq. 3 and 4, and the objective KS) adds a reward for what the guide would have said. Text is sampled without
+(Sleep, Eq. 3 and 4, and the objective KS) adds a reward for what the guide would have written. Text is sampled without
 gradient; the reward reaches the student as the weight of its log-likelihood (REINFORCE) against a baseline.
 
-Shapes: B sequences, P prompt tokens, n tokens said, S = P + n, T = S - 1 predicted tokens, V vocabulary.
+Shapes: B sequences, P prompt tokens, n continued tokens, S = P + n, T = S - 1 predicted tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CHOICE = 2
 
 
 @dataclass(frozen=True)
-class Said:
+class Continuation:
     """A text and where its continuation begins."""
 
     sequences_BS: Tensor
@@ -38,7 +38,7 @@ class Said:
     prompt: int
     """P, at least 2."""
     log_p_Bn: Tensor
-    """What the speaker gave each token it said, in nats, without gradient."""
+    """What the model gave each token of it, in nats, without gradient."""
 
 
 def prompt_length(cfg: SleepConfig, stored: int, seed: int, step: int) -> int:
@@ -63,7 +63,7 @@ def uniforms(seed: int, step: int, keys: npt.NDArray[np.int64], count: int, spea
 
 
 @torch.no_grad()
-def speak(model: NestedLM, prompt_BP: Tensor, uniform_Bn: npt.NDArray[np.float64]) -> Said:
+def continue_text(model: NestedLM, prompt_BP: Tensor, uniform_Bn: npt.NDArray[np.float64]) -> Continuation:
     """A model's continuation of prompts, one token per random number, by inverting the cumulative distribution."""
     draw_Bn = torch.from_numpy(uniform_Bn).to(prompt_BP.device)
     states, position = model.initial_states(len(prompt_BP)), 0
@@ -76,7 +76,7 @@ def speak(model: NestedLM, prompt_BP: Tensor, uniform_Bn: npt.NDArray[np.float64
         tokens_BN = (mass_BV <= draw_B[:, None] * mass_BV[:, -1:]).sum(-1, keepdim=True)
         text.append(tokens_BN)
         log_p.append(log_p_BV.gather(-1, tokens_BN))
-    return Said(torch.cat(text, 1), prompt_BP.size(1), torch.cat(log_p, 1))
+    return Continuation(torch.cat(text, 1), prompt_BP.size(1), torch.cat(log_p, 1))
 
 
 def levenshtein(a_BN: npt.NDArray[np.integer], b_BM: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
@@ -93,27 +93,27 @@ def levenshtein(a_BN: npt.NDArray[np.integer], b_BM: npt.NDArray[np.integer]) ->
 
 
 def surface_reward(
-    said_Bn: npt.NDArray[np.integer], model_Bm: npt.NDArray[np.integer], cutoff: int
+    text_Bn: npt.NDArray[np.integer], model_Bm: npt.NDArray[np.integer], cutoff: int
 ) -> npt.NDArray[np.float64]:
     """1 - z / max(n, m) where the edit distance z is at most `cutoff`, else 0 (Sleep, Eq. 4): (B,)."""
-    distance = levenshtein(said_Bn, model_Bm)
-    return np.where(distance <= cutoff, 1.0 - distance / max(said_Bn.shape[1], model_Bm.shape[1]), 0.0)
+    distance = levenshtein(text_Bn, model_Bm)
+    return np.where(distance <= cutoff, 1.0 - distance / max(text_Bn.shape[1], model_Bm.shape[1]), 0.0)
 
 
-def imitation_reward(said: Said, guide_BTV: Tensor, own: Said, cfg: ImitationConfig) -> Tensor:
-    """Reward in [0, 1] (B,), float32, for what the student said (Sleep, Eq. 3).
+def imitation_reward(continuation: Continuation, guide_BTV: Tensor, own: Continuation, cfg: ImitationConfig) -> Tensor:
+    """Reward in [0, 1] (B,), float32, for what the student wrote (Sleep, Eq. 3).
 
     The semantic part is 1 where the guide finds the student's text at most `threshold` nats per token less likely than
     its own continuation of the same prompt, else 0: the guide is its own frozen reward model.
 
     Args:
-        guide_BTV: the guide's logits on `said`.
-        own: what the guide said.
+        guide_BTV: the guide's logits on `continuation`.
+        own: what the guide continuation.
     """
-    first = said.prompt - 1
-    likelihood_B = -token_nll(guide_BTV[:, first:], said.sequences_BS[:, said.prompt :]).mean(1)
+    first = continuation.prompt - 1
+    likelihood_B = -token_nll(guide_BTV[:, first:], continuation.sequences_BS[:, continuation.prompt :]).mean(1)
     semantic_B = (likelihood_B >= own.log_p_Bn.mean(1) - cfg.threshold).float()
-    texts = [text.sequences_BS[:, text.prompt :].cpu().numpy() for text in (said, own)]
+    texts = [text.sequences_BS[:, text.prompt :].cpu().numpy() for text in (continuation, own)]
     surface_B = torch.from_numpy(surface_reward(texts[0], texts[1], cfg.cutoff)).to(semantic_B)
     return cfg.semantic * semantic_B + (1 - cfg.semantic) * surface_B
 
@@ -129,7 +129,7 @@ def advantage(reward_B: Tensor) -> Tensor:
 
 def on_policy_loss(
     logits_BTV: Tensor,
-    said: Said,
+    continuation: Continuation,
     recent_B: Tensor,
     guides: Mapping[str, Tensor],
     rewards: Mapping[str, Tensor],
@@ -138,20 +138,20 @@ def on_policy_loss(
 ) -> Tuple[Tensor, Dict[str, Tensor]]:
     """Loss of an on-policy step in nats per token, and its detached parts by name.
 
-    True tokens count on the prompt, the guide on what was said, each as a mean over its tokens, mixed by the weights
-    of an ordinary step. The guide's part is (1 - w) F - w (r - baseline) log q(said), the objective KS per token said
-    (w is sleep.imitation.weight, KS's 1 - alpha).
+    True tokens count on the prompt, the guide on the continuation, each as a mean over its tokens, mixed by the weights
+    of an ordinary step. The guide's part is (1 - w) F - w (r - baseline) log q(continuation), the objective KS per
+    continued token (w is sleep.imitation.weight, KS's 1 - alpha).
 
     Args:
-        logits_BTV: the student's logits on `said`.
+        logits_BTV: the student's logits on `continuation`.
         recent_B: which sequences are recent.
-        guides: logits of the teacher on recent, of the anchor on old sequences of `said`.
+        guides: logits of the teacher on recent, of the anchor on old sequences of `continuation`.
         rewards: `imitation_reward` of the rows of each guide, or empty.
         cfg: divergence, weights and reward.
         factor: of the mixing weights at this step.
     """
-    first, share = said.prompt - 1, cfg.imitation.weight
-    nll_BT = token_nll(logits_BTV, said.sequences_BS[:, 1:])
+    first, share = continuation.prompt - 1, cfg.imitation.weight
+    nll_BT = token_nll(logits_BTV, continuation.sequences_BS[:, 1:])
     truth_B = nll_BT[:, :first].mean(1)
     total_B = truth_B
     parts: Dict[str, Tensor] = {}
@@ -159,7 +159,7 @@ def on_policy_loss(
         if name not in guides:
             continue
         divergence_Bn = guide_divergence(logits_BTV[rows_B, first:], guides[name][:, first:], cfg)
-        objective_B, parts[f"said_{name}"] = divergence_Bn.mean(1), divergence_Bn
+        objective_B, parts[f"on_policy_{name}"] = divergence_Bn.mean(1), divergence_Bn
         if name in rewards:
             reinforced_B = advantage(rewards[name]) * nll_BT[rows_B, first:].mean(1)
             objective_B = (1 - share) * objective_B + share * reinforced_B

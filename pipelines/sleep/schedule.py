@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+
+from pipelines.config.sleep import SleepConfig
 
 
 def learning_rate(peak: float, step: int, steps: int, warmup: float = 0.1, floor: float = 0.05) -> float:
@@ -12,6 +15,37 @@ def learning_rate(peak: float, step: int, steps: int, warmup: float = 0.1, floor
         return peak * (step + 1) / ramp
     progress = (step - ramp) / max(1, steps - ramp)
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Step size over the steps of one training.
+
+    A cosine has to know where it ends. A stream's end nobody knows, so a cosine spans a round; a constant step size
+    spans rounds, and what is released is cooled by averaging weights (warmup-stable-merge, arXiv 2507.17634).
+    """
+
+    kind: str
+    """cosine: over this training. constant: after one warm-up, for ever."""
+    peak: float
+    """Largest step size."""
+    steps: int
+    """Steps of this training."""
+    done: int = 0
+    """Steps that the trainer had taken before this training."""
+    warmup: int = 20
+    """Steps of the warm-up of a constant step size, over the trainer's life."""
+
+    @classmethod
+    def of_round(cls, cfg: SleepConfig, steps: int, done: int) -> Schedule:
+        """The schedule of a round of so many steps, by a trainer that took `done` steps in rounds before."""
+        return cls(cfg.schedule, cfg.optimizer.lr, steps, done, cfg.warmup)
+
+    def lr(self, step: int) -> float:
+        """Step size of step 0 .. steps - 1 of this training."""
+        if self.kind == "cosine":
+            return learning_rate(self.peak, step, self.steps)
+        return self.peak * min(1.0, (self.done + step + 1) / max(1, self.warmup))
 
 
 def mixing(kind: str, step: int, steps: int) -> float:

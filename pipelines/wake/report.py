@@ -88,7 +88,8 @@ class LearnerReport:
     seconds: float = 0.0
     """Learner's wall time since the last report, gaps between calls included."""
     marks: Tuple[Mark, ...] = ()
-    """Rounds that are due, oldest first. After a restart: the newest that the checkpoint remembers, told before or not."""
+    """Rounds that are due, oldest first. After a restart: the newest that the checkpoint remembers, told before or
+    not."""
     adopted: Tuple[Adoption, ...] = ()
     looks: Tuple[Look, ...] = ()
     spans: Dict[str, Tuple[int, int]] = field(default_factory=dict)

@@ -1,0 +1,56 @@
+"""Which parameters the learner writes: those of its own levels, or, where it trains everything itself, all of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Dict, List
+
+from torch import Tensor
+
+from nl_model.flops import forward_flops, full_step_flops, wake_step_flops
+from nl_model.levelled import Levelled
+from pipelines.config.schema import Config
+
+
+def learner_writes(model: Levelled, cfg: Config) -> List[str]:
+    """Names of the parameters that only the learner moves between two releases, in model order.
+
+    A release has an offset for each of them, a mark pins them, a checkpoint holds them.
+    """
+    if cfg.wake.writes == "all":
+        return [name for name, _ in model.named_parameters()]
+    return model.owned_by("learner")
+
+
+def held_parameters(model: Levelled, cfg: Config) -> Dict[str, Tensor]:
+    """Copies of these parameters by name."""
+    state = dict(model.named_parameters())
+    return {name: state[name].detach().clone() for name in learner_writes(model, cfg)}
+
+
+def wake_flops(cfg: Config, vocab_size: int) -> float:
+    """FLOPs per streamed token of a learner that writes its own levels, or only reads."""
+    shape = (cfg.model, cfg.levels, vocab_size)
+    return float(wake_step_flops(*shape) if cfg.wake.writes == "fast" else forward_flops(*shape))
+
+
+def with_budget(cfg: Config, vocab_size: int) -> Config:
+    """The configuration with `sleep.epochs` spread over wake and sleep: the same FLOPs for every strategy.
+
+    So many full training steps per streamed token are spent in all: reading the stream comes first, the rest is trained
+    on, by the pool (`sleep.tokens_per_token`), or by the learner where it trains every level (`wake.trained`).
+    """
+    wake, sleep, shape = cfg.wake, cfg.sleep, (cfg.model, cfg.levels, vocab_size)
+    if wake.writes == "all":
+        sleep = replace(sleep, tokens_per_token=0.0)
+    if not sleep.epochs:
+        return replace(cfg, sleep=sleep)
+    full, forward = full_step_flops(*shape), forward_flops(*shape)
+    if wake.writes != "all":
+        left = max(0.0, sleep.epochs - wake_flops(cfg, vocab_size) / full)
+        return replace(cfg, sleep=replace(sleep, tokens_per_token=left, epochs=0.0))
+    new = 1.0 - wake.replay
+    trained = sleep.epochs
+    if new * trained < 1.0:  # some text is only read, which costs a forward pass; what is trained on is read with it
+        trained = max(0.0, (sleep.epochs * full - forward) / (full - new * forward))
+    return replace(cfg, wake=replace(wake, trained=trained), sleep=replace(sleep, epochs=0.0))
