@@ -25,7 +25,8 @@ from pipelines.config.dreams import DreamConfig
 from pipelines.data.stream import SUBJECT_SEPARATOR
 from pipelines.dreams.filters import Bands, copied_shares, judge
 from pipelines.dreams.score import Tail, gradient_norms, learning_progress, rewards, trained_copy
-from pipelines.experience import DREAM_SOURCE, KINDS, Record, Snapshot, dream_key
+from pipelines.experience import DREAM_SOURCE, KINDS, Record, dream_key
+from pipelines.experience.replay import Experience
 from pipelines.sleep.plan import RoundPlan
 
 _STREAM = 0xD3EA
@@ -102,7 +103,7 @@ def room_for_dreams(cfg: DreamConfig, plan: RoundPlan) -> int:
     return max(0, min(cfg.keep, math.floor(cfg.cap * (plan.last_key + 1)) - plan.dreams_stored))
 
 
-def split_recent(snapshot: Snapshot, plan: RoundPlan, cfg: DreamConfig) -> Tuple[np.ndarray, np.ndarray]:
+def split_recent(snapshot: Experience, plan: RoundPlan, cfg: DreamConfig) -> Tuple[np.ndarray, np.ndarray]:
     """Rows that may be prompts, and rows held out to measure by: the round's real experience, disjoint, seeded."""
     rows = snapshot.rows_between(max(0, plan.first_key), plan.last_key)
     rows = rows[snapshot.kinds[rows] == KINDS.index("real")]
@@ -113,7 +114,7 @@ def split_recent(snapshot: Snapshot, plan: RoundPlan, cfg: DreamConfig) -> Tuple
 
 def dream(
     model: NestedLM,
-    snapshot: Snapshot,
+    snapshot: Experience,
     plan: RoundPlan,
     cfg: DreamConfig,
     precision: str = "fp32",
@@ -159,7 +160,7 @@ def dream(
 
 def generate_dreams(
     model: NestedLM,
-    snapshot: Snapshot,
+    snapshot: Experience,
     prompts: np.ndarray,
     cfg: DreamConfig,
     rng: np.random.Generator,
@@ -195,14 +196,14 @@ def prompt_size(length: int, cfg: DreamConfig) -> int:
     return min(max(2, round(cfg.prompt * length)), length - 1)
 
 
-def real_bands(snapshot: Snapshot, held: np.ndarray, cfg: DreamConfig) -> Bands:
+def real_bands(snapshot: Experience, held: np.ndarray, cfg: DreamConfig) -> Bands:
     """Where real text of a dream's length lies; its loss is the surprise that the store holds, which costs no pass."""
     texts_BN = snapshot.tokens(held)[:, prompt_size(snapshot.context + 1, cfg) :]
     return Bands.of(texts_BN, snapshot.surprise[held].astype(np.float64), cfg.band)
 
 
 def sort_out(
-    tail: Tail, snapshot: Snapshot, candidates: List[Dream], bands: Bands, plan: RoundPlan, cfg: DreamConfig
+    tail: Tail, snapshot: Experience, candidates: List[Dream], bands: Bands, plan: RoundPlan, cfg: DreamConfig
 ) -> Tuple[List[int], np.ndarray, Counter[str]]:
     """Places of the candidates that pass every filter, losses of all (B,), and how many failed which filter first."""
     prompt = candidates[0].prompt
@@ -222,7 +223,7 @@ def choose(
     tail: Tail,
     candidates: List[Dream],
     bands: Bands,
-    snapshot: Snapshot,
+    snapshot: Experience,
     plan: RoundPlan,
     cfg: DreamConfig,
     rng: np.random.Generator,
@@ -245,7 +246,7 @@ def top_and_random(scores: List[float], top: int, random: int, limit: int, rng: 
     return [*order[:top], *rest[:random]][:limit]
 
 
-def to_records(night: Night, snapshot: Snapshot, plan: RoundPlan) -> List[Record]:
+def to_records(night: Night, snapshot: Experience, plan: RoundPlan) -> List[Record]:
     """The dreams of a round as experiences, marked as such, with parents and the subjects of all parents."""
     records = []
     for number, one in enumerate(night.dreams):

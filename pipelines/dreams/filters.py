@@ -14,7 +14,7 @@ from typing import Optional, Tuple
 import numpy as np
 
 from pipelines.config.dreams import DreamConfig
-from pipelines.experience import Snapshot
+from pipelines.experience.replay import Experience
 
 _DISTINCT = 4
 """Length of the n-grams whose variety is looked at."""
@@ -117,7 +117,7 @@ def _join(left: np.ndarray, right: np.ndarray, size: int, length: int) -> np.nda
 
 
 def copied_shares(
-    snapshot: Snapshot,
+    snapshot: Experience,
     texts: Sequence[np.ndarray],
     parents: Sequence[Tuple[int, ...]],
     last_key: int,
@@ -148,7 +148,7 @@ def copied_shares(
     return known.mean(1)
 
 
-def _compared_rows(snapshot: Snapshot, parents: Sequence[Tuple[int, ...]], last_key: int, newest: int) -> np.ndarray:
+def _compared_rows(snapshot: Experience, parents: Sequence[Tuple[int, ...]], last_key: int, newest: int) -> np.ndarray:
     """Rows of the newest experiences up to a key, and of all parents; ascending."""
     first = last_key - newest + 1 if newest else -len(snapshot)
     near = snapshot.rows_between(max(first, -len(snapshot)), last_key)

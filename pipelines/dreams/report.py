@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 
 from pipelines.dreams.dream import Night
-from pipelines.experience import Snapshot
+from pipelines.experience.replay import Experience
 
 SHOWN = 3
 """Dreams of a round whose text is kept in its record."""
 _IN_REPORT = 12
 
 
-def night_record(night: Night, snapshot: Snapshot, stored: int, decode: Callable[[np.ndarray], str]) -> dict[str, Any]:
+def night_record(
+    night: Night, snapshot: Experience, stored: int, decode: Callable[[np.ndarray], str]
+) -> dict[str, Any]:
     """A round's dreams as its record keeps them.
 
     Args:

@@ -9,14 +9,14 @@ Shapes: N rows held, n rows drawn.
 
 from __future__ import annotations
 
-from typing import Optional, Protocol
+from typing import Any, Optional, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from pipelines.config.sleep import SleepConfig
 from pipelines.experience.sampler import Rows, Sampler, build_sampler
-from pipelines.experience.schema import DREAM_KEY, KINDS
+from pipelines.experience.schema import DREAM_KEY, KINDS, Record
 
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
@@ -48,8 +48,20 @@ class Experience(Protocol):
     def context(self) -> int:
         """Tokens per sequence, less one."""
 
-    def tokens(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.generic]:
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    def tokens(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """Tokens of rows (n, context + 1)."""
+
+    def records(self, rows: npt.NDArray[np.int64]) -> list[Record]:
+        """Whole rows; slow."""
+
+    def rows_between(self, first_key: int, last_key: int) -> npt.NDArray[np.int64]:
+        """Rows whose keys lie in [first_key, last_key]: base mixture first, then the stream; never dreams."""
+
+    def dream_rows(self, before: int) -> npt.NDArray[np.int64]:
+        """Rows of the dreams whose keys lie below `before`, by key."""
 
 
 def usable(experience: Experience) -> npt.NDArray[np.bool_]:

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from nl_model.distillation import TopK, divergence, top_k
 from nl_model.model import NestedLM, autocast
-from pipelines.experience import Snapshot
 from pipelines.experience.disk import room_for
+from pipelines.experience.replay import Experience
 
 Keys = npt.NDArray[np.int64]
 Clock = Callable[[], float]
@@ -30,7 +30,7 @@ Clock = Callable[[], float]
 
 @torch.no_grad()
 def read_by(
-    teacher: NestedLM, snapshot: Snapshot, rows: Keys, batch: int, precision: str
+    teacher: NestedLM, snapshot: Experience, rows: Keys, batch: int, precision: str
 ) -> Iterator[Tuple[Keys, Tensor]]:
     """The teacher's logits (B, T, V) on rows of a snapshot, with their keys (B,), `batch` sequences at a time."""
     device = next(teacher.parameters()).device
@@ -42,7 +42,7 @@ def read_by(
 
 
 def write_guides(
-    path: Path, teacher: NestedLM, snapshot: Snapshot, rows: Keys, k: int, precision: str = "fp32", batch: int = 16
+    path: Path, teacher: NestedLM, snapshot: Experience, rows: Keys, k: int, precision: str = "fp32", batch: int = 16
 ) -> int:
     """Write the guide of some rows: ids in 2 bytes (4 from 65,537 tokens on), log-probabilities in float16.
 
@@ -165,7 +165,7 @@ class GuideCosts:
 
 def measure_guides(
     teacher: NestedLM,
-    snapshot: Snapshot,
+    snapshot: Experience,
     rows: Keys,
     k: int,
     folder: Path,
