@@ -1,0 +1,218 @@
+"""What a run reaches: `circadian run` in real processes against the same command with `strategy=replay`.
+
+    python -m benchmarks.real_run --stream ../shared/data/s5 --json benchmarks/results/real-run.json
+
+Every figure is read from the runs' own journals: nothing is computed here but means. The served model (live release and
+fast levels as they stand) is looked at twenty times along the stream, on held-out text that no gate, trigger or sampler
+sees. Who measures knows how long the stream is; the runs do not. Finished runs are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks.results import keep_page
+from benchmarks.tables import Machine, markdown_table
+from nl_model.flops import full_step_flops
+from nl_model.weights import write_durably
+from pipelines.config.load import load_config, to_yaml
+from pipelines.config.schema import Config
+from pipelines.data.module import open_setting
+from pipelines.report.events import read_events
+from pipelines.report.page import read_summary
+
+LOOKS = 20
+SOURCES = ("stream.sources=[play,code_c,law_de]", "base.sources=[wiki,math]")
+"""Sources of the stream in order A, and of the base."""
+TIMEOUT = 3600.0
+"""Seconds after which a run is given up."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """The served model at a moment."""
+
+    tokens: int
+    """Stream position."""
+    release: int
+    """Release that it had adopted."""
+    served: float
+    """Mean bits per byte over the sources seen so far."""
+    rested: float
+    """The same of the release alone."""
+
+
+@dataclass(frozen=True)
+class RunFigures:
+    """What one run came to. Bits per byte, lower is better."""
+
+    strategy: str
+    """Name of the strategy, with the keys that were changed."""
+    seed: int
+    final: float
+    """Mean over all sources of the served model at the last look."""
+    area: float
+    """Mean over the looks of the mean over the sources seen so far."""
+    gap: float
+    """Most by which the served model is worse than its release, at any look."""
+    online: float
+    """Every sequence before it is learned from, of the weights alone."""
+    recalled: float
+    """The same read together with recall."""
+    epochs: float
+    """FLOPs of wake, sleep and gate together, in full training steps per streamed token."""
+    rounds: int
+    promoted: int
+    seconds: float
+    """Wall seconds of the stream."""
+    finals: Mapping[str, float]
+    """Bits per byte by source at the last look."""
+    looks: Sequence[Look]
+
+
+def config_of(stream: str, strategy: str, seed: int, root: Path, changes: Sequence[str], deterministic: bool) -> Config:
+    """The configuration of one run: micro sizes, looked at twenty times."""
+    name = f"{strategy}-{seed}" + "".join(f"-{change}" for change in changes).replace("/", "_")
+    overrides = [
+        f"stream.path={stream.rstrip('/')}/*/[tv][ra]*.txt",
+        *SOURCES,
+        f"strategy={strategy}",
+        f"run.name={name}",
+        f"run.root={root}",
+        f"run.seed={seed}",
+        f"run.deterministic={str(deterministic).lower()}",
+        "sleep.epochs=2",
+        "control.enabled=false",
+        *changes,
+    ]
+    cfg = load_config("default", overrides, "micro")
+    if cfg.report.look_every:
+        return cfg
+    tokens = open_setting(cfg).stream().estimate_tokens()
+    return load_config("default", [*overrides, f"report.look_every={tokens // LOOKS}"], "micro")
+
+
+def run(cfg: Config) -> Path:
+    """Run `circadian run`, or go on where an earlier one stopped; returns its directory. RuntimeError where it
+    fails."""
+    directory = Path(cfg.run.root).resolve() / cfg.run.name
+    if (directory / "summary.json").exists():
+        return directory
+    file = directory.parent / f"{cfg.run.name}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(file, to_yaml(cfg).encode())
+    command = [sys.executable, "-m", "cluster.cli", "run", str(file)]
+    log = directory.parent / f"{cfg.run.name}.log"
+    with log.open("ab") as output:
+        code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, timeout=TIMEOUT, check=False).returncode
+    if code or not (directory / "summary.json").exists():
+        raise RuntimeError(f"{shlex.join(command)} ended with {code}; see {log}")
+    return directory
+
+
+def read_run(directory: Path, cfg: Config, strategy: str) -> RunFigures:
+    """The figures of a finished run, from its journal and its summary."""
+    summary, looks = read_summary(directory), {}
+    for event in read_events(directory / "events.jsonl"):
+        if event["event"] == "look":  # a step that was replayed after a crash was looked at twice, with the same result
+            served, rested = (statistics.fmean(event[side].values()) for side in ("served", "rested"))
+            looks[event["tokens"], event["release"]] = Look(event["tokens"], event["release"], served, rested)
+            finals = event["served"]
+    shape = (cfg.model, cfg.levels, open_setting(cfg).tokenizer.vocab_size)
+    ordered = list(looks.values())
+    # The last look in the middle of the stream and the one after its last adoption are at the same place: one counts.
+    counted = {look.tokens * LOOKS // max(1, ordered[-1].tokens): look for look in ordered}
+    return RunFigures(
+        strategy=strategy,
+        seed=cfg.run.seed,
+        final=ordered[-1].served,
+        area=statistics.fmean(look.served for look in counted.values()),
+        gap=max(look.served - look.rested for look in ordered),
+        online=summary["online_bpb"],
+        recalled=summary["recalled_bpb"] or float("nan"),
+        epochs=summary["flops"]["total"] / full_step_flops(*shape) / summary["tokens_streamed"],
+        rounds=len(summary["rounds"]),
+        promoted=sum(record["decision"] == "promoted" for record in summary["rounds"]),
+        seconds=summary["seconds"]["stream"],
+        finals=finals,
+        looks=list(counted.values()),
+    )
+
+
+def table(found: Sequence[RunFigures]) -> str:
+    """Means over the seeds, a row per strategy; in brackets the least and the most."""
+    rows = []
+    for name in dict.fromkeys(one.strategy for one in found):
+        mine = [one for one in found if one.strategy == name]
+
+        def spread(key: str, mine: Sequence[RunFigures] = mine) -> str:
+            values = [getattr(one, key) for one in mine]
+            return f"{statistics.fmean(values):.3f} ({min(values):.3f} .. {max(values):.3f})"
+
+        promoted = f"{sum(one.promoted for one in mine)} of {sum(one.rounds for one in mine)}"
+        rows.append(
+            [f"`{name}`", *(spread(key) for key in ("final", "area", "gap", "online", "recalled", "epochs")), promoted]
+        )
+    head = ["strategy", "final", "along the stream", "served - release, worst", "online", "with recall", "FLOPs"]
+    return markdown_table([*head, "promoted"], rows)
+
+
+def page(found: Sequence[RunFigures]) -> str:
+    """The page beside the JSON file."""
+    seeds = sorted({one.seed for one in found})
+    about = (
+        "Bits per byte on held-out text, lower is better: means over seeds "
+        f"{', '.join(map(str, seeds))}, the least and the most in brackets. *Final*: the served model over all sources, "
+        f"at the end. *Along the stream*: mean of {LOOKS} looks at the served model over the sources seen so far. *FLOPs*: "
+        "of wake, sleep and gate, in full training steps per streamed token."
+    )
+    sources = list(found[0].finals)
+    rows = [
+        [f"`{one.strategy}`", str(one.seed), *(f"{one.finals[source]:.3f}" for source in sources), f"{one.seconds:.0f}"]
+        for one in found
+    ]
+    return f"{about}\n\n{table(found)}\n\n{markdown_table(['strategy', 'seed', *sources, 'seconds'], rows)}"
+
+
+def main() -> None:
+    """Run what is not run yet and write JSON and page."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.real_run", description=__doc__)
+    parser.add_argument("--stream", default="../shared/data/s5", help="folder of NAME/train.txt and NAME/valid.txt")
+    parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--strategies", default="circadian,replay", help="names; NAME:key=value changes keys")
+    parser.add_argument("--work", type=Path, default=Path("runs/real-run"), help="where runs are kept")
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/real-run.json"))
+    parser.add_argument("--free", action="store_true", help="adopt releases as they come, not at fixed positions")
+    options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    found = []
+    for seed in (int(part) for part in options.seeds.split(",")):
+        for given in options.strategies.split(","):
+            strategy, *changes = given.split(":")
+            cfg = config_of(options.stream, strategy, seed, options.work, changes, not options.free)
+            found.append(read_run(run(cfg), cfg, given))
+            one = found[-1]
+            print(
+                f"{given} seed {seed}: final {one.final:.3f} area {one.area:.3f} gap {one.gap:+.4f} "
+                f"online {one.online:.3f} FLOPs {one.epochs:.3f} ({one.promoted} of {one.rounds} promoted, {one.seconds:.0f} s)",
+                flush=True,
+            )
+    command = shlex.join(["python", "-m", "benchmarks.real_run", *sys.argv[1:]])
+    plain = {"command": command, "machine": Machine.here().show(), "runs": [asdict(one) for one in found]}
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(options.json, json.dumps(plain, indent=1).encode())
+    keep_page(options.json, command, page(found))
+    print(f"\n{table(found)}\n\n{options.json}, {options.json.with_suffix('.md')}")
+
+
+if __name__ == "__main__":
+    main()
