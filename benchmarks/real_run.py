@@ -171,9 +171,9 @@ def page(found: Sequence[RunFigures]) -> str:
     seeds = sorted({one.seed for one in found})
     about = (
         "Bits per byte on held-out text, lower is better: means over seeds "
-        f"{', '.join(map(str, seeds))}, the least and the most in brackets. *Final*: the served model over all sources, "
-        f"at the end. *Along the stream*: mean of {LOOKS} looks at the served model over the sources seen so far. *FLOPs*: "
-        "of wake, sleep and gate, in full training steps per streamed token."
+        f"{', '.join(map(str, seeds))}, the least and the most in brackets. *Final*: the served model over "
+        f"all sources, at the end. *Along the stream*: mean of {LOOKS} looks at the served model over the sources seen "
+        "so far. *FLOPs*: of wake, sleep and gate, in full training steps per streamed token."
     )
     sources = list(found[0].finals)
     rows = [
@@ -203,7 +203,8 @@ def main() -> None:
             one = found[-1]
             print(
                 f"{given} seed {seed}: final {one.final:.3f} area {one.area:.3f} gap {one.gap:+.4f} "
-                f"online {one.online:.3f} FLOPs {one.epochs:.3f} ({one.promoted} of {one.rounds} promoted, {one.seconds:.0f} s)",
+                f"online {one.online:.3f} FLOPs {one.epochs:.3f} ({one.promoted} of {one.rounds} promoted, "
+                f"{one.seconds:.0f} s)",
                 flush=True,
             )
     command = shlex.join(["python", "-m", "benchmarks.real_run", *sys.argv[1:]])
