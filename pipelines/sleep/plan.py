@@ -35,6 +35,10 @@ class RoundPlan:
     """Factor of sleep.recent (pipelines/machine/replan.py)."""
     lr_scale: float = 1.0
     """Factor of the pool's step size."""
+    trained_steps: int = 0
+    """Steps that the trainer it goes on from has taken (sleep.carry=trainer)."""
+    store_seed: int = 0
+    """Seed of what a bounded store holds; the same for all rounds of a run."""
     dreams_stored: int = 0
     """Dreams that earlier rounds left in the store."""
 
@@ -43,7 +47,13 @@ class RoundPlan:
         return asdict(self)
 
 
-def num_steps(cfg: SleepConfig, recent: int) -> int:
-    """Steps of a round over `recent` new experiences."""
-    steps = max(1, math.ceil(cfg.tokens_per_token * recent / cfg.batch))
-    return min(steps, cfg.max_steps) if cfg.max_steps else steps
+def num_steps(cfg: SleepConfig, first_key: int, last_key: int) -> int:
+    """Steps of a round over the experiences first_key .. last_key.
+
+    Rounds add up: however the stream is cut, about sleep.tokens_per_token tokens are trained on per token streamed. A
+    setting of 0 trains nothing; otherwise a round has one step at least.
+    """
+    if not cfg.tokens_per_token:
+        return 0
+    done, due = (math.floor(cfg.tokens_per_token * rows / cfg.batch + 1e-9) for rows in (first_key, last_key + 1))
+    return min(max(1, due - done), cfg.max_steps or due + 1)
