@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
@@ -21,47 +21,25 @@ from pipelines.config.schema import Config
 from pipelines.data.module import open_setting
 from pipelines.data.stream import Cursor
 from pipelines.experience import DREAM_KEY, Record, Snapshot
-from pipelines.wake.awake import Awake, StepReport
+from pipelines.wake.awake import Awake
+from pipelines.wake.report import Adoption, LearnerReport, Mark, StepReport
 from pipelines.wake.trigger import Cause, Trigger, relative_distance
 
 KEPT_CHECKPOINTS = 2
+KEPT_MARKS = 4
+"""Marks that a checkpoint remembers: more than calls can be in flight."""
 HEARD = 1 << 24
 """Most tokens of the store that recall hears at a start; about a million a second."""
 
 
-@dataclass(frozen=True)
-class Mark:
-    """A point of the stream at which the pool's levels are due: what a round pins."""
-
-    tokens: int
-    """Stream position, in tokens."""
-    snapshot: int
-    """Store version that holds everything up to here."""
-    last_key: int
-    """Last stream key up to here."""
-    fast: str
-    """File of the learner's unshifted fast weights, relative to the run directory."""
-    why: Dict[str, Any] = field(default_factory=dict)
-    """Why a round is due here (pipelines/wake/trigger.py): policy, text, figures."""
-
-
 @dataclass
-class LearnerReport:
-    """What one call of `advance` did."""
+class Draft:
+    """A report while it is being made."""
 
-    tokens: int = 0
-    release: int = 0
-    cursor: Dict[str, Any] = field(default_factory=dict)
     steps: List[StepReport] = field(default_factory=list)
-    seconds: float = 0.0
-    """Learner wall time since the last report, gaps between calls included."""
-    mark: Optional[Mark] = None
-    adopted: List[Tuple[int, int, float]] = field(default_factory=list)
-    """(release, tokens, norm of the shift) of adoptions."""
-    quarantined: List[Tuple[str, str, str]] = field(default_factory=list)
-    """(source, origin, reason) of documents the corpus refused so far."""
+    marks: List[Mark] = field(default_factory=list)
+    adopted: List[Adoption] = field(default_factory=list)
     ended: bool = False
-    stopped: bool = False
 
 
 class OnlineLearner:
@@ -104,7 +82,9 @@ class OnlineLearner:
         self.steps_since_checkpoint = 0
         self.pending: List[Tuple[int, int]] = []
         self.last_end = time.perf_counter()
-        return self._report(LearnerReport())
+        self.spans: Dict[str, Tuple[int, int]] = {}
+        self.marks = [Mark(**mark) for mark in meta.get("marks", [])]
+        return self._report(Draft(marks=list(self.marks)))
 
     def _hear(self, recall: Recall, last_key: int) -> None:
         """Let recall hear what the store holds up to a key, the base first.
@@ -118,8 +98,8 @@ class OnlineLearner:
 
     def advance(self, max_steps: int, until: Optional[int] = None) -> LearnerReport:
         """Take up to `max_steps` wake steps; returns early where a round is due, at `until` tokens and at the end."""
-        report = LearnerReport()
-        while len(report.steps) < max_steps and not self.stopping and report.mark is None:
+        report = Draft()
+        while len(report.steps) < max_steps and not self.stopping and not report.marks:
             if until is not None and self.awake.tokens >= until:
                 break
             report.adopted += self._adopt_pending()
@@ -130,13 +110,14 @@ class OnlineLearner:
                 break
             before = self.awake.tokens
             cause = self.trigger.before_step(before, time.monotonic() - asked)
-            report.mark = self._mark(cause) if cause is not None else None
-            report.steps.append(self.awake.step(batch, self._log))
+            report.marks += [self._mark(cause)] if cause is not None else []
+            report.steps.append(StepReport(**asdict(self.awake.step(batch, self._log))))
+            self._span(report.steps[-1])
             self.last_key = batch[-1].key
             self.steps_since_checkpoint += 1
             cause = self.trigger.after_step(before, self.awake.tokens, _loss(report.steps[-1]), self._distance)
             if cause is not None:
-                report.mark = self._mark(cause)
+                report.marks.append(self._mark(cause))
             if self.steps_since_checkpoint >= self.cfg.wake.checkpoint_every:
                 self.checkpoint()
         if self.stopping:
@@ -145,7 +126,7 @@ class OnlineLearner:
 
     def finish(self) -> LearnerReport:
         """After the end of the stream: pin what came since the last boundary."""
-        report = LearnerReport(ended=True, mark=self._mark(Cause("idle", "the stream has ended", {})))
+        report = Draft(marks=[self._mark(Cause("idle", "the stream has ended", {}))], ended=True)
         self.checkpoint()
         return self._report(report)
 
@@ -156,7 +137,7 @@ class OnlineLearner:
             at_once: do not wait for a boundary (the stream has ended).
         """
         self.pending.append((release, not_before))
-        report = LearnerReport()
+        report = Draft()
         report.adopted += self._adopt_pending(at_once)
         return self._report(report)
 
@@ -169,13 +150,13 @@ class OnlineLearner:
         """Write everything a resume needs, durably; the newest two are kept."""
         tensors, counters = self.awake.state()
         meta = {**counters, "cursor": self.stream.cursor.to_json(), "version": self.version, "last_key": self.last_key}
-        meta["trigger"] = self.trigger.state()
+        meta["trigger"], meta["marks"] = self.trigger.state(), [asdict(mark) for mark in self.marks]
         save_tensors(self.checkpoints / f"learner-{self.awake.tokens:015d}.safetensors", tensors, meta)
         for old in sorted(self.checkpoints.glob("learner-*.safetensors"))[:-KEPT_CHECKPOINTS]:
             old.unlink()
         self.steps_since_checkpoint = 0
 
-    def _adopt_pending(self, at_once: bool = False) -> List[Tuple[int, int, float]]:
+    def _adopt_pending(self, at_once: bool = False) -> List[Adoption]:
         tokens = self.awake.tokens
         ready = [release for release, not_before in self.pending if tokens >= not_before or at_once]
         if not ready or not (at_once or self.awake.levels.clock.on_boundary(tokens)):
@@ -190,7 +171,7 @@ class OnlineLearner:
         self.rest = {name: weights[name] for name in self.rest}
         norm = self.awake.adopt(newest, slow, split(tensors, "offset"))
         self.checkpoint()  # a replay never has to repeat an adoption
-        return [(newest, tokens, norm)]
+        return [Adoption(newest, tokens, norm)]
 
     def _distance(self) -> float:
         """How far the fast weights have moved from their rest state, relative to its norm."""
@@ -201,7 +182,14 @@ class OnlineLearner:
         file = f"checkpoints/{PINNED}{self.awake.tokens:015d}-{self.awake.release}.safetensors"
         if not (self.run_dir / file).exists():
             save_tensors(self.run_dir / file, self.awake.unshifted(), {"tokens": self.awake.tokens})
-        return Mark(self.awake.tokens, self.version, self.last_key, file, cause.to_json())
+        mark = Mark(self.awake.tokens, self.version, self.last_key, file, cause.to_json())
+        self.marks = [*(one for one in self.marks if one.tokens != mark.tokens), mark][-KEPT_MARKS:]
+        return mark
+
+    def _span(self, step: StepReport) -> None:
+        for source in step.bpb:
+            first = step.tokens - self.cfg.wake.batch * self.cfg.model.context
+            self.spans[source] = (self.spans.get(source, (first, 0))[0], step.tokens)
 
     def _log(self, records: List[Record]) -> Callable[[], None]:
         reference = self.service.append.remote(records, self.stream.cursor.to_json())
@@ -211,14 +199,22 @@ class OnlineLearner:
 
         return wait_until_durable
 
-    def _report(self, report: LearnerReport) -> LearnerReport:
+    def _report(self, draft: Draft) -> LearnerReport:
         now = time.perf_counter()
-        report.seconds, self.last_end = now - self.last_end, now
-        report.tokens, report.release = self.awake.tokens, self.awake.release
-        report.cursor = json.loads(json.dumps(self.stream.cursor.to_json()))
-        report.quarantined = [(q.source, q.origin, q.reason) for q in self.setting.corpus.quarantined]
-        report.stopped = self.stopping
-        return report
+        seconds, self.last_end = now - self.last_end, now
+        return LearnerReport(
+            tokens=self.awake.tokens,
+            release=self.awake.release,
+            cursor=json.loads(json.dumps(self.stream.cursor.to_json())),
+            steps=tuple(draft.steps),
+            seconds=seconds,
+            marks=tuple(draft.marks),
+            adopted=tuple(draft.adopted),
+            spans=dict(self.spans),
+            quarantined=tuple((q.source, q.origin, q.reason) for q in self.setting.corpus.quarantined),
+            ended=draft.ended,
+            stopped=self.stopping,
+        )
 
 
 def _loss(step: StepReport) -> float:

@@ -46,7 +46,9 @@ class Rules:
         return 1 if self.deterministic else 2
 
     @classmethod
-    def of(cls, cfg: Config, sources: Tuple[str, ...], base_sources: Tuple[str, ...], wake_flops: float) -> Rules:
+    def of(
+        cls, cfg: Config, sources: Tuple[str, ...], base_sources: Tuple[str, ...] = (), wake_flops: float = 0.0
+    ) -> Rules:
         """The rules of a configuration."""
         return cls(
             period=min(level.period for level in cfg.levels.values() if level.owner == "pool"),
