@@ -377,3 +377,12 @@ class Simulation:
 @dataclass(frozen=True)
 class _LearnerFree:
     """The learner has ended a call: it may begin the next. Inside the driver only."""
+
+
+def simulate(rules: Rules, parts: Parts, speeds: Speeds, note: Callable[[str, Dict[str, Any]], None]) -> RunState:
+    """A run without faults, from its start to its end; returns its last state."""
+    run = Simulation(rules, parts, speeds, note=note)
+    ended = run.attempt()
+    if ended != do.End("finished"):
+        raise RuntimeError(f"the run did not finish: {ended}")
+    return run.saved

@@ -37,7 +37,7 @@ def fingerprints(run: Run) -> List[Tuple[int, str]]:
 
 
 def learner(run: Run) -> Tuple[Dict[str, torch.Tensor], Dict[str, Any]]:
-    """The final checkpoint, without the store's version (it counts how often the store was opened) and marks with it."""
+    """The final checkpoint; without the store's version, which counts how often it was opened, and marks with it."""
     tensors, meta = load_tensors(sorted((run.directory / "checkpoints").glob("learner-*.safetensors"))[-1])
     return tensors, {key: value for key, value in meta.items() if key not in ("version", "marks")}
 
