@@ -24,10 +24,10 @@ POLL = 0.02
 
 
 def environment() -> Dict[str, str]:
-    """Ours, without what would lead to another Ray cluster; the code is importable from any folder."""
+    """Ours, without what would lead to another Ray cluster; the code is importable from any folder. Runs are traced."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     env["PYTHONPATH"] = str(ROOT)
-    return {**env, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return {**env, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "COLUMNS": "200", "CIRCADIAN_TRACE": "1"}
 
 
 def circadian(*arguments: str, cwd: Path, timeout: float = TIMEOUT) -> subprocess.CompletedProcess[str]:

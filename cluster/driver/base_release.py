@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
-from typing import Any, Callable, List, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 import torch
+from torch import Tensor
 
 from cluster.pool.group import WorkerGroup
 from cluster.pool.rounds import RoundRunner
@@ -18,6 +19,7 @@ from pipelines.config.schema import Config
 from pipelines.data.module import Setting
 from pipelines.data.stream import Sequence
 from pipelines.sleep.base import base_hash, base_sequences
+from pipelines.wake.writes import learner_writes
 
 CACHE = ".bases"
 
@@ -50,7 +52,11 @@ def prepare_base(
         ranks = runner.with_pool(pretrain)
         runner.publish_base(cache.directory(0), ranks)
         flops = sum(rank.flops for rank in ranks)
-    _copy(cache.directory(0), releases)
+    if cfg.wake.writes == "all":
+        weights = split(load_release(cache.directory(0)), "weight")
+        _publish(cfg, setting, releases, weights, str(cache.directory(0)))
+    else:
+        _copy(cache.directory(0), releases)
     seconds = time.perf_counter() - start
     emit("base_finished", origin=origin, tokens=cfg.base.tokens, seconds=seconds)
     return sequences, flops
@@ -76,8 +82,14 @@ def _from_checkpoint(cfg: Config, setting: Setting, releases: Releases) -> None:
             "pool's levels; use the model and levels it was made with"
         )
     load_into(model, weights)
-    state = {name: p.detach() for name, p in model.named_parameters()}
-    tensors = {f"weight/{n}": t for n, t in state.items()}
-    tensors.update({f"offset/{n}": torch.zeros_like(state[n]) for n in model.owned_by("learner")})
+    whole = {name: p.detach() for name, p in model.named_parameters()}
+    _publish(cfg, setting, releases, whole, cfg.base.checkpoint)
+
+
+def _publish(cfg: Config, setting: Setting, releases: Releases, weights: Dict[str, Tensor], origin: str) -> None:
+    """Make weights release 0, with an offset of zero for all that the learner writes."""
+    model = NestedLM(cfg.model, cfg.levels, setting.tokenizer.vocab_size)
+    tensors = {f"weight/{n}": t for n, t in weights.items()}
+    tensors.update({f"offset/{n}": torch.zeros_like(weights[n]) for n in learner_writes(model, cfg)})
     shard = write_shard(releases.prepare(0), 0, 1, tensors)
-    releases.publish(Release(0, None, 0, 0, -1, 0, shards_fingerprint([shard]), [shard], {"from": cfg.base.checkpoint}))
+    releases.publish(Release(0, None, 0, 0, -1, 0, shards_fingerprint([shard]), [shard], {"from": origin}))

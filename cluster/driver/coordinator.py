@@ -1,40 +1,45 @@
-"""The coordinator: a state machine in the driver that lets the day and the nights of a run happen.
+"""The coordinator: carries out on Ray what the run's machine (pipelines/machine) decides.
 
-It sees keys, versions and small reports only; tokens and weights never pass through it.
+It sees keys, versions and small reports only; tokens and weights never pass through it. Nothing here waits for an
+actor: calls of learner and service are references that are looked at, rounds and controls run in threads, and all that
+they say comes back as events. So the loop can always hear that it is to stop.
 """
 
 from __future__ import annotations
 
-import logging
+import os
+import queue
 import time
 from concurrent.futures import Future
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple, Union
 
-import ray
-from ray.exceptions import GetTimeoutError, RayError
-
-from cluster.actors.experience_service import ExperienceService
-from cluster.actors.learner import OnlineLearner
-from cluster.actors.start import results, start_actor
 from cluster.actors.tracking_client import TrackingClient
-from cluster.driver.base_release import prepare_base
-from cluster.driver.controls import train_controls
-from cluster.driver.failures import Budgets, Stopped, cause_of, describe, is_users
-from cluster.driver.ledger import Ledger
-from cluster.driver.state import Phase, RunState
+from cluster.driver.calls import Calls
+from cluster.driver.failures import RunFailed, Stopped, cause_of, describe, is_users
+from cluster.driver.ledger import Ledger, fact_of
+from cluster.driver.parts import LearnerPart, PoolPart, ServicePart, train_in_thread
+from cluster.driver.state import load_state
 from cluster.driver.summary import build_summary
-from cluster.pool.rounds import Outcome, RoundRunner
-from nl_model.flops import wake_step_flops
 from pipelines.config.schema import Config
 from pipelines.data.module import Setting
-from pipelines.sleep.base import base_records
-from pipelines.wake.report import LearnerReport
+from pipelines.machine import actions as do
+from pipelines.machine import events as on
+from pipelines.machine import trace
+from pipelines.machine.actions import Action
+from pipelines.machine.events import Event
+from pipelines.machine.machine import Machine
+from pipelines.machine.rules import Rules
+from pipelines.machine.state import RunState
+from pipelines.wake.writes import wake_flops, with_budget
 
-logger = logging.getLogger(__name__)
-CHUNK = 8
-"""Wake steps per call of the learner."""
+GRACE = 1.5
+"""Seconds that the learner has to finish its step and checkpoint, once it was asked to stop."""
+TRACE = "CIRCADIAN_TRACE"
+"""Environment variable: set, the driver writes down what it told the machine and was told to do, for check_trace."""
+SLICE = 0.05
+"""Seconds that the loop waits for something to happen before it looks whether it is to stop."""
 
 
 class Coordinator:
@@ -51,324 +56,200 @@ class Coordinator:
     def __init__(
         self, cfg: Config, run_dir: Path, setting: Setting, emit: Callable[..., Any], tracking: TrackingClient
     ) -> None:
-        self.cfg, self.run_dir, self.setting, self.emit, self.tracking = cfg, run_dir, setting, emit, tracking
-        self.state = RunState.load(run_dir)
-        self.budgets = Budgets(cfg.failures)
-        self.tokenizer_state = setting.tokenizer.state()
-        self.runner = RoundRunner(cfg, run_dir, self.tokenizer_state, self.budgets, emit)
-        self.ledger = Ledger(cfg, run_dir, self.state, setting.sources, emit, tracking)
-        self.period = min(level.period for level in cfg.levels.values() if level.owner == "pool")
-        self.wake_flops = wake_step_flops(cfg.model, cfg.levels, setting.tokenizer.vocab_size)
-        self.service: Any = None
-        self.learner: Any = None
-        self.calls: List[Any] = []
-        """Calls of the learner in flight, in order."""
-        self.round: Optional[Future[Outcome]] = None
-        self.released = 0
-        """Release that the learner computes with."""
-        self.ended = self.finished = self.stop_requested = False
+        cfg = with_budget(cfg, setting.tokenizer.vocab_size)
+        self.cfg, self.run_dir, self.setting, self.emit = cfg, run_dir, setting, emit
+        self.tracking = tracking
+        awake = wake_flops(cfg, setting.tokenizer.vocab_size)
+        rules = Rules.of(cfg, tuple(setting.sources), tuple(setting.base_sources), awake)
+        self.machine = Machine(load_state(run_dir), rules)
+        self.ledger = Ledger(run_dir, self.machine.state, emit, tracking)
+        self.trace = trace.Trace(run_dir / trace.FILE, self.machine) if os.environ.get(TRACE) else None
+        self.calls = Calls()
+        self.inbox: queue.SimpleQueue[Union[Event, Exception]] = queue.SimpleQueue()
+        self.service = ServicePart(cfg, run_dir, setting, self.calls, self._service_failed)
+        self.learner = LearnerPart(cfg, run_dir, setting, self.calls, self._learner_failed)
+        self.pool = PoolPart(cfg, run_dir, setting, self.calls, emit)
+        self.stop_requested = self.stopping = False
         self.deferring = False
         """Whether a signal may leave the stop to the loop (elsewhere it raises Stopped at once)."""
-        self.progress_at = 0.0
+        self.deadline = float("inf")
+        self.users_error: Optional[BaseException] = None
+        """The last error that no restart helps against."""
+        self.summary: Dict[str, Any] = {}
+        self.outcome: Optional[Action] = None
+        self.carry_out = self._carriers()
+
+    @property
+    def state(self) -> RunState:
+        """Where the run is."""
+        return self.machine.state
 
     def run(self) -> Dict[str, Any]:
-        """Go through the phases; returns the summary. Stopped, RunFailed or ValueError where that cannot be."""
-        summary: Dict[str, Any] = {}
-        while self.state.phase != Phase.FINISHED:
-            start, phase = time.perf_counter(), self.state.phase
-            try:
-                if phase == Phase.BASE:
-                    self._base()
-                    self._enter(Phase.STREAM)
-                elif phase == Phase.STREAM:
-                    self._stream()
-                    self._enter(Phase.CONTROL)
-                elif phase == Phase.CONTROL:
-                    self._control()
-                    self._enter(Phase.REPORT)
-                else:
-                    summary = build_summary(self.cfg, self.run_dir, self.setting, self.state)
-                    self._enter(Phase.FINISHED)
-            finally:
-                spent = self.state.seconds.get(phase.value, 0.0) + time.perf_counter() - start
-                self.state.seconds[phase.value] = spent
-                self.state.save(self.run_dir)
-        return summary or build_summary(self.cfg, self.run_dir, self.setting, self.state)
+        """Go on to the end; returns the summary. Stopped, RunFailed or the user's error where that cannot be."""
+        self.deferring = True
+        missing = self.ledger.recover()
+        numbers = self.pool.releases.numbers()
+        newest = fact_of(self.pool.releases.read(numbers[-1])) if numbers else None
+        self._tell(on.Started(newest, missing))
+        while self.outcome is None:
+            for event in self._events():
+                self._tell(event)
+        self.deferring = False
+        if isinstance(self.outcome, do.GiveUp):
+            if self.outcome.users and self.users_error is not None:
+                raise self.users_error
+            raise RunFailed(self.outcome.message)
+        if self.outcome == do.End("stopped"):
+            raise Stopped
+        return self.summary or self._build_summary()
 
     def shut_down(self) -> None:
         """End every actor of the run."""
-        self.runner.stop()
-        for actor in (self.learner, self.service):
-            if actor is not None:
-                ray.kill(actor)
-        self.learner = self.service = None
+        self.stopping = True
+        self.pool.stop()
+        self.learner.kill()
+        self.service.kill()
 
-    def _enter(self, phase: Phase) -> None:
-        self.state.enter(phase)
-        self.state.save(self.run_dir)
-
-    def _check_stop(self) -> None:
+    def _events(self) -> Iterator[Event]:
+        """What has happened since, as long as nothing has ended the run."""
         if self.stop_requested:
-            raise Stopped
+            self.stop_requested = False
+            yield on.StopRequested()
+        if time.monotonic() > self.deadline:
+            self.deadline = float("inf")
+            yield on.StopDeadline()
+        self.pool.show_progress(self.state.next_round)
+        for event in self.calls.collect(SLICE if self.inbox.empty() else 0.0):
+            if event is not None:
+                yield event
+        while not self.inbox.empty():
+            message = self.inbox.get()
+            if isinstance(message, Exception):
+                raise message
+            yield message
 
-    def _base(self) -> None:
-        self._start_service()
-        state = self.state
-        sequences, flops = prepare_base(self.cfg, self.run_dir, self.setting, self.runner, self.emit)
-        state.flops["base"] = state.flops["base"] or flops
-        if state.base_rows < len(sequences):
-            self._ask_service("append", base_records(sequences))
-            state.base_rows = len(sequences)
-        self._check_stop()
-        if not self.state.rows:
-            directory = str(self.runner.releases.directory(0))
-            scores = self.runner.with_pool(lambda group: group.call("score_release", directory))
-            self.ledger.add_row(0, 0, {s: v for part in scores for s, v in part.items()})
-
-    def _start_service(self) -> None:
-        cfg = self.cfg
-        dtype = str(self.setting.tokenizer.dtype)
-        arguments = (str(self.run_dir / "store"), cfg.model.context, dtype, cfg.store)
-        self.service = start_actor(ExperienceService, *arguments, num_cpus=0)
-        try:
-            self._get(self.service.status.remote())
-        except (RayError, GetTimeoutError) as error:
-            if getattr(error, "actor_init_failed", False):
-                reason = str(error).strip().splitlines()[-1]
-                raise ValueError(f"the experience store did not open: {reason}") from error
-            self._restart_service(error)
-
-    def _ask_service(self, method: str, *arguments: Any) -> Any:
-        while True:
-            try:
-                return self._get(getattr(self.service, method).remote(*arguments))
-            except (RayError, GetTimeoutError) as error:
-                self._restart_service(error)
-
-    def _restart_service(self, error: Exception) -> None:
-        if is_users(error):
-            raise cause_of(error) from None
-        left = self.budgets.spend("services", error)
-        self.emit("failure", part="experience service", error=describe(error), restarts_left=left)
-        ray.kill(self.service)
-        self._start_service()
-
-    def _stream(self) -> None:
-        if self.service is None:
-            self._start_service()
-        self.ledger.recover()
-        self._store_dreams(self.state.live)
-        if not self.runner.group.started and not self.cfg.pool.release_after_round:
-            self.runner.with_pool(lambda group: group.pids)
-        self._start_learner()
-        while not (self.finished and not self.calls and self.round is None and not self.state.queue):
-            self.deferring = True
-            self._check_stop_of_stream()
-            self._feed_learner()
-            self._feed_pool()
-            self._collect_learner()
-            self._collect_round()
-        self.deferring = False
-        self._close_day()
-
-    def _start_learner(self) -> None:
-        gpus = self.cfg.ray.gpus if self.cfg.compute.device == "cuda" else 0.0
-        options: Dict[str, Any] = {"num_cpus": self.cfg.ray.learner_cpus, "num_gpus": gpus}
-        if self.cfg.ray.learner_resource:
-            options["resources"] = {self.cfg.ray.learner_resource: 1}
-        arguments = (self.cfg, str(self.run_dir), self.tokenizer_state)
-        self.learner = start_actor(OnlineLearner, *arguments, control=True, **options)
-        self.calls, self.ended, self.finished = [], False, False
-        try:
-            self._note(self._get(self.learner.restore.remote(self.service)))
-        except (RayError, GetTimeoutError) as error:
-            self._learner_failed(error)
+    def _tell(self, event: Event) -> None:
+        """Let the machine hear an event, and do what it says, in order."""
+        if self.outcome is not None:
             return
-        for release in range(self.released + 1, self.state.live + 1):
-            self._send_adoption(release)
+        actions = self.machine.handle(event)
+        if self.trace is not None:
+            self.trace.add(event, actions)
+        for action in actions:
+            self.carry_out[type(action)](action)
 
-    def _get(self, reference: Any) -> Any:
-        return results([reference], self.cfg.failures.call_timeout)[0]
+    def _carriers(self) -> Dict[type, Callable[[Any], None]]:
+        learner, service, pool, ledger = self.learner, self.service, self.pool, self.ledger
+        return {
+            do.StartService: service.start,
+            do.StoreBase: lambda a: service.store_base(a, pool.base),
+            do.StoreDreams: service.store_dreams,
+            do.StartLearner: lambda a: learner.start(a, service.actor),
+            do.Advance: learner.advance,
+            do.Finish: learner.finish,
+            do.Adopt: learner.adopt,
+            do.StopLearner: self._stop_learner,
+            do.ReleaseLearner: lambda a: learner.kill(),
+            do.PrepareBase: lambda a: self._later(a, pool.prepare_base),
+            do.ScoreBase: lambda a: self._later(a, pool.score_base),
+            do.WarmPool: lambda a: self._later(a, pool.warm),
+            do.ReleasePool: lambda a: pool.release(),
+            do.AbandonPool: lambda a: pool.stop(),
+            do.StartRound: self._start_round,
+            do.Publish: self._publish,
+            do.Discard: lambda a: pool.releases.discard(a.release),
+            do.Commit: ledger.commit,
+            do.Record: ledger.record,
+            do.Unpin: ledger.unpin,
+            do.TrackRound: lambda a: ledger.carry_out([a]),
+            do.TrackRelease: lambda a: ledger.carry_out([a]),
+            do.TrainControls: self._train_controls,
+            do.BuildSummary: lambda a: self._summarise(),
+            do.GiveUp: self._end,
+            do.End: self._end,
+        }
 
-    def _feed_learner(self) -> None:
-        depth = 1 if self.cfg.run.deterministic else 2
-        while not self.ended and len(self.calls) < depth and not self._must_hold():
-            self.calls.append(self.learner.advance.remote(CHUNK, self._until()))
+    def _end(self, action: Action) -> None:
+        self.outcome = action
 
-    def _until(self) -> Optional[int]:
-        """In deterministic mode the learner waits one period behind a mark until its round is decided."""
-        if not self.cfg.run.deterministic or not self.state.queue:
-            return None
-        return min(mark["tokens"] for mark in self.state.queue) + self.period
+    # Failures: what kind, and whose.
 
-    def _must_hold(self) -> bool:
-        until = self._until()
-        return until is not None and self.state.tokens >= until
+    def _why(self, error: BaseException) -> Tuple[str, bool]:
+        """(cause, whether a restart cannot help); keeps the user's own error to be raised as it is."""
+        users = is_users(error)
+        if users:
+            self.users_error = cause_of(error)
+        return describe(error), users
 
-    def _collect_learner(self) -> None:
-        if not self.calls:
-            time.sleep(0.02)
-            return
-        done, _ = ray.wait(self.calls[:1], timeout=0.2)
-        if not done:
-            return
+    def _service_failed(self, attempt: int, error: BaseException) -> Event:
+        return on.PartFailed(on.SERVICES, attempt, *self._why(error))
+
+    def _learner_failed(self, attempt: int, error: BaseException) -> Optional[Event]:
+        """Whose failure it is shows when the service is asked: the learner dies of a service that does not answer."""
+        cause, users = self._why(error)
+
+        def told(alive: bool) -> Event:
+            return on.PartFailed(on.LEARNER, attempt, cause, users, alive)
+
+        if users:
+            return told(True)
+        self.service.probe(told)
+        return None
+
+    # The learner and the pool, as far as the loop has a part in it.
+
+    def _stop_learner(self, action: do.StopLearner) -> None:
+        self.learner.stop()
+        self.deadline = time.monotonic() + GRACE
+
+    def _later(self, action: Any, job: Callable[[int], Event]) -> None:
+        """Have the pool's thread do something; its event, or its failure, comes through the inbox."""
+
+        def done(future: Future[Event]) -> None:
+            if future.cancelled():
+                return
+            error = future.exception()
+            if error is None:
+                self.inbox.put(future.result())
+            elif self.pool.is_failure(error):
+                cause, users = str(cause_of(error)), self._why(error)[1]
+                failed = on.RoundFailed if isinstance(action, do.StartRound) else _pool_failed
+                self.inbox.put(failed(action.attempt, cause, users))
+            elif isinstance(error, Exception):  # a mistake of ours: it ends the loop as it would have ended a call
+                self.inbox.put(error)
+
+        self.pool.runner.submit(lambda: job(action.attempt)).add_done_callback(done)
+
+    def _start_round(self, action: do.StartRound) -> None:
+        plan = action.plan
+        if not action.retry:
+            self.tracking.start_round(plan.round, plan.snapshot, str(self.run_dir / "store"), plan.to_json())
+        self._later(action, lambda attempt: self.pool.run_round(action))
+
+    def _publish(self, action: do.Publish) -> None:
         try:
-            report = self._get(self.calls.pop(0))
-        except (RayError, GetTimeoutError) as error:
-            self._learner_failed(error)
-            return
-        self._note(report)
-        self.ended = self.ended or report.ended
-        if self.ended and not self.calls and not self.finished:
-            self.finished = True
-            self.calls.append(self.learner.finish.remote())
-
-    def _learner_failed(self, error: Exception) -> None:
-        """A dead learner is started anew; after a failed append it is a live learner that begins at its checkpoint."""
-        self._check_stop_of_stream()
-        self.deferring = False
-        if is_users(error):
-            raise cause_of(error) from None
-        try:
-            results([self.service.status.remote()], 10.0)
-        except (RayError, GetTimeoutError) as service_error:
-            self._restart_service(service_error)
+            self.pool.publish(action, self.ledger.audit_end())
+        except OSError as error:
+            self.inbox.put(on.PublishFailed(action.attempt, *self._why(error)))
         else:
-            left = self.budgets.spend("learner", error)
-            self.emit("failure", part="learner", error=describe(error), restarts_left=left)
-        ray.kill(self.learner)
-        self._start_learner()
+            self.inbox.put(on.Published(action.attempt))
 
-    def _note(self, report: LearnerReport) -> None:
-        """Take a report of the learner into the state, the journal and the tracker."""
-        state = self.state
-        self.released, state.tokens, state.cursor = report.release, report.tokens, report.cursor
-        for one in report.adopted:
-            self.emit("adopted", release=one.release, tokens=one.tokens, fast_shift_norm=one.shift)
-        for look in report.looks:
-            self.emit("look", tokens=look.tokens, release=look.release, served=look.served, rested=look.rested)
-        for source, (first, last) in report.spans.items():
-            state.starts.setdefault(source, first)
-            state.ends[source] = max(last, state.ends.get(source, 0))
-        for item in report.quarantined:
-            self._quarantine(*item)
-        for step in report.steps:
-            for key, source, reason in step.quarantined:
-                self._quarantine(source, f"stream key {key}", reason)
-        if report.steps:
-            self._note_wake(report)
-        for mark in report.marks:
-            if mark.tokens > state.last_mark and self._worth_a_round(mark.tokens, report.ended):
-                self.ledger.queue(mark, running=self.round is not None)
+    def _train_controls(self, action: do.TrainControls) -> None:
+        self.pool.release()
+        base = str(self.pool.releases.directory(0))
+        trained = tuple(self.state.control)
+        arguments = (self.cfg, self.setting.tokenizer.state())
+        train_in_thread(action, self.cfg, arguments, base, trained, self.emit, self.inbox.put, lambda: self.stopping)
 
-    def _note_wake(self, report: LearnerReport) -> None:
-        wake, inside = self.state.wake, sum(step.seconds for step in report.steps)
-        tokens = len(report.steps) * self.cfg.wake.batch * self.cfg.model.context
-        done = {"steps": len(report.steps), "tokens": tokens, "inside": inside, "wall": report.seconds}
-        for key, value in done.items():
-            wake[key] += value
-        wake["waited"] = wake.get("waited", 0.0) + sum(step.waited for step in report.steps)
-        self.state.flops["wake"] = self.state.tokens * self.wake_flops
-        self.emit(
-            "wake",
-            tokens=report.tokens,
-            seconds=report.seconds,
-            tokens_per_second=tokens / report.seconds,
-            steps=[asdict(step) for step in report.steps],
-            release=report.release,
-        )
-        metrics = {"wake/tokens_per_second": tokens / report.seconds, "wake/release": float(report.release)}
-        for step in report.steps:
-            metrics.update({f"online_bpb/{s}": v for s, v in step.bpb.items()})
-            metrics.update({f"recalled_bpb/{s}": v for s, v in step.recalled.items()})
-        self.tracking.log_metrics(metrics, report.tokens)
+    def _summarise(self) -> None:
+        self.summary = self._build_summary()
+        self.inbox.put(on.SummaryBuilt())
 
-    def _quarantine(self, source: str, origin: str, reason: str) -> None:
-        if [source, origin, reason] not in self.state.quarantined:
-            self.state.quarantined.append([source, origin, reason])
-            self.emit("quarantined", source=source, origin=origin, reason=reason)
+    def _build_summary(self) -> Dict[str, Any]:
+        self.ledger.tick()
+        state = replace(self.state, seconds=self.ledger.seconds, audit=self.ledger.audit)
+        return build_summary(self.cfg, self.run_dir, self.setting, state)
 
-    def _worth_a_round(self, tokens: int, ended: bool) -> bool:
-        least = self.period // 10 if ended else 1  # what little the stream ends with may wait for the next run
-        return tokens - self.state.last_mark >= least
 
-    def _feed_pool(self) -> None:
-        if self.round is not None or not self.state.queue:
-            return
-        state = self.state
-        adjustment = self.ledger.adjustment()
-        plan = self.runner.plan(state.next_round, state.queue[0], state.consolidated_key, state.live, adjustment)
-        seen = [*self.setting.base_sources, *state.seen_at(plan.tokens)]
-        seen = [s for s in self.setting.sources if s in seen]
-        self.tracking.start_round(plan.round, plan.snapshot, str(self.run_dir / "store"), plan.to_json())
-        self.round = self.runner.start(plan, seen, self.ledger.best())
-
-    def _collect_round(self) -> None:
-        if self.round is None:
-            return
-        if not self.round.done():
-            self._show_progress()
-            return
-        outcome, self.round = self.round.result(), None
-        release = self.runner.settle(outcome, self.state.audit)
-        self._store_dreams(release)
-        self.ledger.settle(outcome.record(release))
-        if release is not None and self.learner is not None:
-            self._send_adoption(release)
-
-    def _show_progress(self) -> None:
-        if time.monotonic() - self.progress_at < 2.0 or not self.runner.group.backend:
-            return
-        self.progress_at = time.monotonic()
-        try:
-            step, steps, loss = self.runner.group.progress()
-        except (RayError, GetTimeoutError, IndexError):
-            return  # the round's own thread sees the failure and deals with it
-        self.emit("round_progress", round=self.state.next_round, step=step, steps=steps, loss=loss)
-
-    def _store_dreams(self, release: Optional[int]) -> None:
-        """Hand a release's dreams to the store. Doing it again changes nothing, so a crash may fall anywhere."""
-        if release and self.runner.releases.read(release).record.get("dreams"):
-            self._ask_service("append_dreams", str(self.runner.releases.directory(release)))
-
-    def _send_adoption(self, release: int) -> None:
-        """Tell the learner; in deterministic mode at the boundary one period behind the one that the round pinned."""
-        not_before = 0
-        if self.cfg.run.deterministic:
-            not_before = self.runner.releases.read(release).tokens + self.period
-        self.calls.append(self.learner.adopt.remote(release, not_before))
-
-    def _close_day(self) -> None:
-        """The stream has ended and every round is decided: the learner takes over the last release."""
-        while self.released < self.state.live:
-            try:
-                self._note(self._get(self.learner.adopt.remote(self.state.live, 0, True)))
-            except (RayError, GetTimeoutError) as error:
-                self._learner_failed(error)
-        self.state.save(self.run_dir)
-        self.ledger.unpin(self.state.tokens)
-        ray.kill(self.learner)
-        self.learner = None
-        self.runner.group.kill()
-
-    def _check_stop_of_stream(self) -> None:
-        """On request: let the learner finish its step and checkpoint, write the state, give up the running round."""
-        if not self.stop_requested:
-            return
-        self.learner.stop.remote()
-        self.runner.stop()
-        deadline = time.monotonic() + 1.5
-        try:
-            for call in self.calls:
-                self._note(ray.get(call, timeout=max(0.0, deadline - time.monotonic())))
-        except (RayError, GetTimeoutError) as error:
-            logger.warning("the learner did not report before the stop: %s", describe(error))
-        self.state.save(self.run_dir)
-        raise Stopped
-
-    def _control(self) -> None:
-        self.runner.group.kill()
-        if self.cfg.control.enabled:
-            base = str(self.runner.releases.directory(0))
-            arguments = (self.cfg, self.tokenizer_state)
-            train_controls(self.cfg, arguments, base, self.state, self.emit, self._check_stop)
+def _pool_failed(attempt: int, cause: str, users: bool) -> Event:
+    return on.PartFailed(on.POOL, attempt, cause, users)

@@ -1,15 +1,8 @@
-"""Separate restart budgets: each part of a run may die only so often before the run gives up."""
+"""How a run ends early, and what an error of a remote part says. Who may be restarted how often is the machine's."""
 
 from __future__ import annotations
 
-import logging
-from typing import Dict
-
 from ray.exceptions import RayError, RayTaskError
-
-from pipelines.config.schema import FailureConfig
-
-logger = logging.getLogger(__name__)
 
 
 class RunFailed(RuntimeError):
@@ -18,29 +11,6 @@ class RunFailed(RuntimeError):
 
 class Stopped(BaseException):
     """The run was asked to stop; all it learned is committed. No Exception: nothing that handles those may eat it."""
-
-
-class Budgets:
-    """Restarts left, by part: learner, pool, services."""
-
-    def __init__(self, cfg: FailureConfig) -> None:
-        self.left: Dict[str, int] = {"learner": cfg.learner, "pool": cfg.pool, "services": cfg.services}
-        self.full = dict(self.left)
-
-    def spend(self, part: str, error: BaseException) -> int:
-        """Take one restart; returns how many are left. RunFailed when there is none, with the error as cause."""
-        if self.left[part] <= 0:
-            raise RunFailed(
-                f"{part} failed {self.full[part] + 1} times, failures.{part}={self.full[part]} restarts are used up; "
-                f"last error: {describe(error)}. Run the same command to continue."
-            ) from error
-        self.left[part] -= 1
-        logger.warning("%s failed (%s); restarting it, %d restarts left", part, describe(error), self.left[part])
-        return self.left[part]
-
-    def refill(self, part: str) -> None:
-        """Give a part its full budget back (after a round that went well)."""
-        self.left[part] = self.full[part]
 
 
 def cause_of(error: BaseException) -> BaseException:

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import IO
 
 from cluster.actors.tracking_arguments import tracking_arguments
-from cluster.driver.ledger import Ledger, audit_errors, known_heads
+from cluster.driver.ledger import Ledger, audit_errors, fact_of, known_heads
 from cluster.driver.state import FILE as STATE
-from cluster.driver.state import Phase, RunState
+from cluster.driver.state import load_state
 from cluster.storage.releases import Release, Releases, copy_release, inspect_shard
 from pipelines.config.load import load_config
 from pipelines.config.schema import Config
+from pipelines.machine.decisions import enter_rollback
+from pipelines.machine.rules import Rules
+from pipelines.machine.state import Phase, RunState
 from pipelines.report.audit import FILE, GENESIS, Verification, read_audit, verify
 from pipelines.report.events import EventLog
 from pipelines.report.tracking import Tracking
@@ -59,7 +62,7 @@ def rollback(run_dir: Path, to: int) -> Rollback:
     start = time.perf_counter()
     cfg = _read_config(run_dir)
     with hold_lock(run_dir):
-        state, releases = RunState.load(run_dir), Releases(run_dir / "releases")
+        state, releases = load_state(run_dir), Releases(run_dir / "releases")
         release = _publish(releases, state, to)
         replaced = state.live
         _enter(cfg, run_dir, state, release)
@@ -69,7 +72,7 @@ def rollback(run_dir: Path, to: int) -> Rollback:
 def verify_audit(run_dir: Path) -> Verification:
     """Check a run's audit log against itself, the coordinator's state and the releases; ValueError for no run."""
     _check_run(run_dir)
-    state, releases = RunState.load(run_dir), Releases(run_dir / "releases")
+    state, releases = load_state(run_dir), Releases(run_dir / "releases")
     length, head = int(state.audit.get("length", 0)), str(state.audit.get("head", GENESIS))
     found = verify(run_dir / FILE, length, head, known_heads(releases))
     if state.live or state.audit:
@@ -139,14 +142,14 @@ def _check_shards(directory: Path, release: Release) -> None:
 
 def _enter(cfg: Config, run_dir: Path, state: RunState, release: Release) -> None:
     with EventLog(run_dir / "events.jsonl") as journal:
-        sources = list(state.rows[0]["bpb"])
-        Ledger(cfg, run_dir, state, sources, journal.emit).restored(release)
+        rules = Rules.of(cfg, tuple(state.rows[0]["bpb"]))
+        Ledger(run_dir, state, journal.emit).carry_out(enter_rollback(state, rules, fact_of(release)))
 
 
 def announce(run_dir: Path, release: Release) -> bool:
     """Tell MLflow of a rollback: a new model version, which the alias champion moves to. Returns whether it took it;
     else it hears of it when the run goes on."""
-    cfg, state = _read_config(run_dir), RunState.load(run_dir)
+    cfg, state = _read_config(run_dir), load_state(run_dir)
     tracking = Tracking(**tracking_arguments(cfg, run_dir))
     directory = Releases(run_dir / "releases").directory(release.number)
     tracking.register_release(directory, release.number, None, release.fingerprint)

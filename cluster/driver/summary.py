@@ -7,12 +7,12 @@ from typing import Any, Dict, List, Optional
 
 import numpy as np
 
-from cluster.driver.state import RunState
 from pipelines.config.schema import Config
 from pipelines.data.module import Setting
 from pipelines.dreams.report import dream_summary
 from pipelines.experience import DREAM_KEY, Snapshot
 from pipelines.gate.probe import Row, read_matrix
+from pipelines.machine.state import RunState
 from pipelines.report.events import Timeline, build_timeline, read_events
 from pipelines.report.versions import versions
 
@@ -23,8 +23,9 @@ def build_summary(cfg: Config, run_dir: Path, setting: Setting, state: RunState)
     flops["total"] = flops["wake"] + flops["sleep"]
     slack = max(1, min(level.period for level in cfg.levels.values() if level.owner == "pool") // 50)
     sources = setting.sources
-    matrix = read_matrix(state.matrix_rows(), state.ends, sources, slack)
+    matrix = read_matrix([Row(**row) for row in state.rows], state.ends, sources, slack)
     wall = max(wake["wall"], 1e-9)
+    rounds = [record.to_json() for record in state.rounds]
     return {
         "run": cfg.run.name,
         "sources": sources,
@@ -33,8 +34,8 @@ def build_summary(cfg: Config, run_dir: Path, setting: Setting, state: RunState)
         **matrix,
         "control": _control(state, sources, slack),
         **_online(run_dir),
-        "rounds": state.rounds,
-        "dreams": dream_summary(state.rounds),
+        "rounds": rounds,
+        "dreams": dream_summary(rounds),
         "tokens_streamed": state.tokens,
         "wake_tokens_per_second": wake["tokens"] / max(wake["inside"], 1e-9),
         "system_overhead": 1.0 - wake["inside"] / wall,

@@ -13,7 +13,6 @@ from typing import Tuple
 import numpy as np
 import torch
 
-from cluster.storage.releases import Releases
 from nl_model.model import NestedLM
 from pipelines.config.schema import Config
 from pipelines.data.tokens import Tokenizer
@@ -51,9 +50,3 @@ def dream_together(
     rows = [one.tokens for one in read_dreams(directory)]
     tokens = np.stack(rows) if rows else np.empty((0, snapshot.context + 1), np.int64)
     return DreamShare(tokens, record, passes)
-
-
-def dreams_stored(releases: Releases, live: int) -> int:
-    """Dreams in the store once everything up to a release is settled: its record keeps the running sum."""
-    dreams = releases.read(live).record.get("dreams") or {}
-    return int(dreams.get("stored", 0))

@@ -26,12 +26,10 @@ from pipelines.sleep.training import Objective
 from pipelines.wake.awake import Awake
 from pipelines.wake.looks import Looks
 from pipelines.wake.online_training import OnlineTraining
-from pipelines.wake.report import Adoption, LearnerReport, Look, Mark, StepReport
+from pipelines.wake.report import PINNED, Adoption, LearnerReport, Look, Mark, StepReport
 from pipelines.wake.trigger import Cause, Trigger, relative_distance
 from pipelines.wake.writes import held_parameters
 
-PINNED = "fast-"
-"""How files of weights begin that a mark pins; their stream position in tokens follows."""
 KEPT_MARKS = 8
 """Newest marks that a checkpoint remembers: whoever starts rounds may have died before it wrote them down."""
 HEARD = 1 << 24

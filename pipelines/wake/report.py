@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Dict, Tuple
 
+PINNED = "fast-"
+"""How files of weights begin that a mark pins; their stream position in tokens follows."""
+
 
 @dataclass(frozen=True)
 class StepReport:

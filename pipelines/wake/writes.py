@@ -29,9 +29,14 @@ def held_parameters(model: Levelled, cfg: Config) -> Dict[str, Tensor]:
 
 
 def wake_flops(cfg: Config, vocab_size: int) -> float:
-    """FLOPs per streamed token of a learner that writes its own levels, or only reads."""
-    shape = (cfg.model, cfg.levels, vocab_size)
-    return float(wake_step_flops(*shape) if cfg.wake.writes == "fast" else forward_flops(*shape))
+    """FLOPs of the learner per streamed token, on average: reading, and whatever it trains."""
+    wake, shape = cfg.wake, (cfg.model, cfg.levels, vocab_size)
+    if wake.writes == "fast":
+        return float(wake_step_flops(*shape))
+    if wake.writes == "none":
+        return float(forward_flops(*shape))
+    read_only = max(0.0, 1.0 - wake.trained * (1.0 - wake.replay))
+    return wake.trained * full_step_flops(*shape) + read_only * forward_flops(*shape)
 
 
 def with_budget(cfg: Config, vocab_size: int) -> Config:

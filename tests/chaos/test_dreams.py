@@ -24,16 +24,14 @@ import os, signal
 from cluster.cli import main
 from cluster.driver.coordinator import Coordinator
 
-store = Coordinator._store_dreams
+tell = Coordinator._tell
 
-def dies(self, release):
-    if release and "{moment}" == "published":
+def dies(self, event):
+    if type(event).__name__ == ("Published" if "{moment}" == "published" else "DreamsStored"):
         os.kill(os.getpid(), signal.SIGKILL)
-    store(self, release)
-    if release:
-        os.kill(os.getpid(), signal.SIGKILL)
+    tell(self, event)
 
-Coordinator._store_dreams = dies
+Coordinator._tell = dies
 main()
 """
 

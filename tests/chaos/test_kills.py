@@ -13,6 +13,7 @@ from typing import Dict, List, Tuple
 
 import pytest
 
+from pipelines.machine import trace
 from tests.harness import TIMEOUT, Run, circadian, kill
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
@@ -118,6 +119,7 @@ def test_nothing_is_lost_or_doubled(runs: Path, name: str, tmp_path: Path) -> No
     assert (found["lost"], found["duplicates"], found["quarantined"]) == (0, 0, 0)
     assert summary["tokens_streamed"] == plan.tokens == found["committed"] * 64
     assert summary["rows"][-1]["release"] >= 1
+    assert trace.check_trace(run.directory / trace.FILE) == []
     verified = circadian("store", "verify", str(run.directory / "store"), cwd=tmp_path)
     assert verified.returncode == 0, verified.stdout + verified.stderr
     # Ray's idle agents take a minute to notice that their driver was killed.

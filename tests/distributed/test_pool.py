@@ -7,16 +7,16 @@ import math
 import os
 import signal
 import time
-from dataclasses import dataclass
-from typing import Any, Callable, Dict, Iterator, List
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Callable, Dict, Iterator, List
 
 import psutil
 import pytest
 import torch
 
-from cluster.driver.failures import Budgets
-from cluster.pool.group import WorkerGroup
-from cluster.pool.rounds import RoundRunner
+from cluster.pool.group import PoolError, WorkerGroup
+from cluster.pool.rounds import Outcome, RoundRunner
 from cluster.storage.releases import Releases, shards_fingerprint
 from nl_model.weights import load_tensors
 from tests.harness import same_process
@@ -110,31 +110,26 @@ def test_two_ranks_learn_what_one_learns(train: Callable[[int, int], Trained]) -
 def test_a_round_is_repeated_after_a_kill_and_gives_the_same_candidate(
     bench: Bench, train: Callable[[int, int], Trained]
 ) -> None:
-    cfg = bench.config("pool.release_after_round=true")
-    events: List[Dict[str, Any]] = []
+    runner = RoundRunner(bench.config(), bench.run_dir, bench.state)
 
-    def emit(event: str, **fields: Any) -> Dict[str, Any]:
-        events.append({"event": event, "t": time.monotonic(), **fields})
-        return events[-1]
+    def attempt() -> Future[Outcome]:
+        return runner.submit(lambda: runner.run_round(bench.plan, bench.setting.sources, bench.anchor_row))
 
-    runner = RoundRunner(cfg, bench.run_dir, bench.state, Budgets(cfg.failures), emit)
     try:
-        future = runner.start(bench.plan, bench.setting.sources, bench.anchor_row)
+        future = attempt()
         pids = wait_for(lambda: runner.group.backend and list(runner.group.pids), 120)
         wait_for(lambda: runner.group.progress()[0] > 0, 60)
         first, start = [psutil.Process(pid) for pid in pids], time.monotonic()
         assert len(set(pids)) == 2
         os.kill(pids[0], signal.SIGKILL)
-        second = wait_for(lambda: runner.group.pids and runner.group.pids != pids and list(runner.group.pids), 120)
-        ranks = [psutil.Process(pid) for pid in second]
-        assert not any(same_process(rank) for rank in first), "a killed rank ends the whole group"
-        outcome = future.result(timeout=120)
-        failures = [event for event in events if event["event"] == "failure"]
-        assert [event["part"] for event in failures] == ["pool"]
-        assert failures[0]["restarts_left"] == cfg.failures.pool - 1 and failures[0]["t"] - start < 30
+        with pytest.raises(PoolError):
+            future.result(timeout=60)
+        assert time.monotonic() - start < 30 and not runner.group.started
+        wait_for(lambda: not any(same_process(rank) for rank in first), 30)
+        outcome = attempt().result(timeout=240)
         assert shards_fingerprint([rank.shard for rank in outcome.ranks]) == train(2, 2).fingerprint
-        assert not runner.group.started, "pool.release_after_round gives the processes back"
-        wait_for(lambda: not any(same_process(rank) for rank in ranks), 30)
-        assert runner.settle(outcome, {}) == 1 and runner.releases.numbers() == [0, 1]
+        assert outcome.decision.promoted
+        runner.publish(outcome, replace(outcome.record(), release=1), {})
+        assert runner.releases.numbers() == [0, 1]
     finally:
         runner.stop()

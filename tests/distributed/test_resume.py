@@ -37,9 +37,9 @@ def fingerprints(run: Run) -> List[Tuple[int, str]]:
 
 
 def learner(run: Run) -> Tuple[Dict[str, torch.Tensor], Dict[str, Any]]:
-    """The final checkpoint; without the store's version, which counts how often the store was opened."""
+    """The final checkpoint; without the store's version, which counts how often it was opened, and marks with it."""
     tensors, meta = load_tensors(sorted((run.directory / "checkpoints").glob("learner-*.safetensors"))[-1])
-    return tensors, {key: value for key, value in meta.items() if key != "version"}
+    return tensors, {key: value for key, value in meta.items() if key not in ("version", "marks")}
 
 
 def stored(run: Run) -> Tuple[np.ndarray, np.ndarray]:

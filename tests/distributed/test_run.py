@@ -25,6 +25,7 @@ from nl_model.weights import load_into
 from pipelines.config.load import load_config
 from pipelines.data.module import open_setting
 from pipelines.experience import Snapshot
+from pipelines.machine import trace
 from pipelines.report.events import build_timeline
 from tests.harness import TIMEOUT, Run, circadian, environment
 
@@ -159,6 +160,11 @@ def test_the_learner_goes_on_learning_while_the_pool_sleeps(run: Run) -> None:
     assert all(start is not None and end is not None for start, end in spans)
     inside = [wake for wake in wakes for start, end in spans if start and end and start < wake < end]
     assert inside, "no wake step between the start and the end of any round"
+
+
+def test_what_the_driver_did_is_what_the_machine_allows(run: Run) -> None:
+    path = run.directory / trace.FILE
+    assert len(path.read_text().splitlines()) > 20 and trace.check_trace(path) == []
 
 
 def test_the_first_wake_step_equals_the_base(run: Run) -> None:

@@ -14,13 +14,22 @@ import torch
 from torch import Tensor
 
 from cluster.driver.history import rollback, verify_audit
-from cluster.driver.ledger import Ledger
-from cluster.driver.state import RunState
+from cluster.driver.ledger import Ledger, fact_of
+from cluster.driver.state import load_state, save_state
 from cluster.storage.releases import Release, Releases, load_release, shards_fingerprint, write_shard
 from pipelines.config.load import to_yaml
 from pipelines.config.schema import Config, RunSection
+from pipelines.machine import events as on
+from pipelines.machine.actions import Commit
+from pipelines.machine.decisions import enter_mark, enter_round, enter_row
+from pipelines.machine.machine import Machine
+from pipelines.machine.records import RoundRecord
+from pipelines.machine.rounds import current_adjustment
+from pipelines.machine.rules import Rules
+from pipelines.machine.state import Phase
 from pipelines.report.audit import FILE, read_audit
 from pipelines.report.events import read_events
+from pipelines.wake.report import Mark
 
 SOURCES = ["a", "b"]
 
@@ -50,16 +59,27 @@ class Story:
         (run_dir / "checkpoints").mkdir(parents=True)
         self.run_dir, self.cfg = run_dir, replace(cfg, run=RunSection(name=run_dir.name, root=str(run_dir.parent)))
         (run_dir / "config.yaml").write_text(to_yaml(self.cfg))
+        self.rules = Rules.of(self.cfg, tuple(SOURCES))
         self.events: List[Tuple[str, Dict[str, Any]]] = []
         self.releases = Releases(run_dir / "releases")
         self.publish(0, None, {})
-        self.ledger().add_row(0, 0, {source: 3.0 for source in SOURCES})
-        self.state.save(run_dir)
+        ledger = self.ledger()
+        self.state.phase = Phase.STREAM
+        row = enter_row(self.state, self.rules, 0, 0, {source: 3.0 for source in SOURCES})
+        ledger.carry_out([row, Commit(self.state.copy())])
 
     def ledger(self) -> Ledger:
         """A ledger as a driver that just started would have it."""
-        self.state = RunState.load(self.run_dir)
-        return Ledger(self.cfg, self.run_dir, self.state, SOURCES, lambda e, **f: self.events.append((e, f)))
+        self.state = load_state(self.run_dir)
+        return Ledger(self.run_dir, self.state, lambda event, **fields: self.events.append((event, fields)))
+
+    def recover(self) -> None:
+        """Start a driver, as far as settling goes."""
+        ledger = self.ledger()
+        newest = fact_of(self.releases.read(self.releases.numbers()[-1]))
+        machine = Machine(self.state, self.rules)
+        ledger.carry_out(machine.handle(on.Started(newest, ledger.recover())))
+        ledger.carry_out(machine.handle(on.ServiceReady(1)))
 
     def publish(self, number: int, parent: int | None, told: Dict[str, Any], audit: Any = None) -> None:
         directory = self.releases.prepare(number)
@@ -74,19 +94,21 @@ class Story:
         ledger = self.ledger()
         live, number = self.state.live, self.state.next_round
         told = record(number, live + 1 if promoted else None, live)
+        last_key = 0
         if promoted:
-            self.publish(live + 1, live, told, {k: self.state.audit[k] for k in ("length", "head") if self.state.audit})
-            told = self.releases.read(live + 1).record
-        ledger.settle(told)
+            self.publish(live + 1, live, told, ledger.audit_end())
+            release = self.releases.read(live + 1)
+            told, last_key = release.record, release.last_key
+        ledger.carry_out(enter_round(self.state, self.rules, RoundRecord.from_json(told), last_key))
 
     def pin(self, tokens: int, queued: bool) -> Path:
         """Fast weights that a mark pins, with or without a round in the queue that is to read them."""
         path = self.run_dir / "checkpoints" / f"fast-{tokens:015d}-0.safetensors"
         path.write_bytes(b"weights")
         if queued:
-            state = RunState.load(self.run_dir)
-            state.queue.append({"tokens": tokens, "fast": f"checkpoints/{path.name}"})
-            state.save(self.run_dir)
+            state = load_state(self.run_dir)
+            state.queue.append(Mark(tokens, 1, 1, f"checkpoints/{path.name}"))
+            save_state(self.run_dir, state)
         return path
 
     def kinds(self) -> List[str]:
@@ -111,7 +133,7 @@ def test_rollback_brings_weights_back_bit_by_bit(story: Story) -> None:
     again = load_release(story.releases.directory(3))
     assert all(torch.equal(again[name], tensor) for name, tensor in tensors(1).items())
     assert story.releases.numbers() == [0, 1, 2, 3], "history only grows"
-    state = RunState.load(story.run_dir)
+    state = load_state(story.run_dir)
     assert (state.live, state.consolidated_key) == (3, old.last_key)
     assert state.rows[-1] == {**state.rows[1], "release": 3}
     assert story.kinds() == ["promotion", "rejection", "promotion", "rollback"]
@@ -122,8 +144,7 @@ def test_rollback_brings_weights_back_bit_by_bit(story: Story) -> None:
 
 def test_the_run_goes_on_after_a_rollback(story: Story) -> None:
     rollback(story.run_dir, 0)
-    ledger = story.ledger()
-    ledger.recover()
+    story.recover()
     assert story.state.live == 3, "nothing is left to recover"
     story.round(True)
     assert story.releases.read(4).parent == 3 and story.state.live == 4
@@ -149,7 +170,7 @@ def test_rollback_refuses_what_it_cannot_do(story: Story, tmp_path: Path) -> Non
     shard.write_bytes(bytes(content))
     with pytest.raises(ValueError, match=f"{shard.name} is damaged"):
         rollback(story.run_dir, 1)
-    assert story.releases.numbers() == [0, 1, 2] and RunState.load(story.run_dir).live == 2
+    assert story.releases.numbers() == [0, 1, 2] and load_state(story.run_dir).live == 2
     assert rollback(story.run_dir, 0).release.number == 3, "another one can still be had"
 
 
@@ -160,7 +181,7 @@ def test_a_rollback_that_was_cut_short_is_finished(story: Story) -> None:
     (story.run_dir / FILE).write_bytes(before[1])
     copy = story.run_dir.parent / "copy"
     shutil.copytree(story.run_dir, copy)
-    story.ledger().recover()
+    story.recover()
     assert story.state.live == 3 and story.kinds()[-1] == "rollback" and verify_audit(story.run_dir).ok
     assert rollback(copy, 1).release.number == 3, "the same command finishes it as well"
     assert verify_audit(copy).ok
@@ -175,7 +196,7 @@ def test_a_crash_while_a_decision_is_entered_doubles_nothing(story: Story, lost:
     if lost == "state":
         files["state"].write_bytes(before["state"])
     for _ in range(2):
-        story.ledger().recover()
+        story.recover()
     assert story.state.live == 3 and len(story.state.rounds) == 4
     assert story.kinds() == ["promotion", "rejection", "promotion", "promotion"]
     assert verify_audit(story.run_dir).ok
@@ -210,10 +231,18 @@ def test_two_rejections_change_the_plan_and_a_promotion_undoes_it(story: Story) 
     sleep = story.cfg.sleep
     assert changed["recent"] == sleep.recent / 2 and changed["lr"] == sleep.optimizer.lr / 2
     assert changed["reason"] == "2 rejections in a row"
-    assert story.ledger().adjustment().recent_scale == 0.5, "it survives a crash: the decisions say it all"
+    assert current_adjustment(load_state(story.run_dir), story.rules).recent_scale == 0.5, "the decisions say it all"
     story.round(True)
     assert story.kinds()[-5:] == ["rejection", "rejection", "plan_change", "promotion", "plan_change"]
-    assert story.ledger().adjustment().lr_scale == 1.0 and verify_audit(story.run_dir).ok
+    assert current_adjustment(load_state(story.run_dir), story.rules).lr_scale == 1.0
+    assert verify_audit(story.run_dir).ok
+
+
+def test_a_mark_is_saved_with_its_entry(story: Story) -> None:
+    ledger, mark = story.ledger(), Mark(640, 7, 9, "checkpoints/fast-640", {"policy": "tokens"})
+    ledger.carry_out(enter_mark(story.state, story.rules, mark))
+    assert load_state(story.run_dir).queue == [mark] and story.kinds()[-1] == "sleep_trigger"
+    assert verify_audit(story.run_dir).ok
 
 
 @pytest.mark.parametrize("promoted", (True, False))
