@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, List, Type
+from typing import Any, Dict, List, Type
 
 from pipelines.config.gate import GateConfig
 from pipelines.config.schema import FailureConfig
@@ -22,9 +22,9 @@ from pipelines.wake.report import Adoption, LearnerReport, Mark
 RULES = Rules(64, 4, ("a", "b"), ("a",), 2.0, 3, gate=GateConfig(patience=2), failures=FailureConfig(1, 1, 1))
 SCORES = {"a": 3.0, "b": 3.0}
 FIGURES = {
-JUDGED: Dict[str, Any] = {"figures": FIGURES, "row": FIGURES["candidate"]}
     "candidate": SCORES, "anchor": SCORES, "awake": SCORES, "mean_change": 0.0, "worst": {}, "recent": [], "checks": [],
 }  # fmt: skip
+JUDGED: Dict[str, Any] = {"figures": FIGURES, "row": FIGURES["candidate"]}
 
 
 def mark(tokens: int, text: str = "due") -> Mark:
@@ -188,9 +188,7 @@ def test_the_learner_waits_where_the_run_is_deterministic() -> None:
 
 
 def test_what_was_published_is_settled_before_a_round_starts() -> None:
-    record = RoundRecord(
-        1, 64, 0, 1, 5, "promoted", **JUDGED, dreams={"kept": 1, "stored": 1}
-    )
+    record = RoundRecord(1, 64, 0, 1, 5, "promoted", **JUDGED, dreams={"kept": 1, "stored": 1})
     script = Script(replace(base(), queue=[mark(64), mark(128)], last_mark=128, tokens=130))
     script.hear(on.Started(ReleaseFact(1, 15, 64, "", record)))
     assert script.hear(on.ServiceReady(1)) == ["StoreDreams"]
@@ -202,9 +200,7 @@ def test_what_was_published_is_settled_before_a_round_starts() -> None:
 
 
 def test_a_rollback_is_settled_and_its_trainer_is_the_old_one() -> None:
-    rounds = [
-        RoundRecord(n, 64 * n, n - 1, n, 10 * n, "promoted", **JUDGED) for n in (1, 2)
-    ]
+    rounds = [RoundRecord(n, 64 * n, n - 1, n, 10 * n, "promoted", **JUDGED) for n in (1, 2)]
     rows = [{"release": n, "tokens": 64 * n, "bpb": {"a": 3.0 - n, "b": 3.0}} for n in range(3)]
     script = Script(replace(base(), rounds=rounds, rows=rows, live=2, next_round=3))
     assert trained_steps(script.state) == 30
