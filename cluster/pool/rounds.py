@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from ray.exceptions import RayError
 
 from cluster.pool.evidence import gather_storage
 from cluster.pool.group import PoolError, WorkerGroup
-from cluster.pool.worker import RankResult
+from cluster.pool.worker import TRAINER, RankResult
 from cluster.storage.releases import Release, Releases, shards_fingerprint
 from pipelines.config.schema import Config
 from pipelines.gate.decision import Decision, decide
@@ -124,6 +125,8 @@ class RoundRunner:
         """
         plan, shards = outcome.plan, [rank.shard for rank in outcome.ranks]
         assert record.release is not None
+        for old in self.releases.numbers()[:-1]:  # what no round will go on from any more would fill the disk
+            shutil.rmtree(self.releases.directory(old) / TRAINER, ignore_errors=True)
         self.releases.publish(
             Release(
                 number=record.release,
