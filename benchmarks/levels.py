@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,14 +25,13 @@ from benchmarks.tables import Machine, Spread, markdown_table
 from nl_model.config import LevelConfig, OptimizerConfig
 from nl_model.model import NestedLM
 from nl_model.online import OnlineLevels
-from nl_model.optim.levelwise import build_optimizer
 from pipelines.config.load import load_config
 from pipelines.config.schema import Config
 from pipelines.data.module import Setting, open_setting
 from pipelines.gate.probe import score
-from pipelines.sleep.base import BaseBatches, base_sequences
-from pipelines.sleep.control import plain_step
-from pipelines.sleep.schedule import learning_rate
+from pipelines.machine.local import LocalHost
+from pipelines.machine.local import pretrain as pretrain_base
+from pipelines.sleep.base import base_sequences
 
 HIDDEN = 480
 """Hidden units of all fast levels of a block together; divisible by every count of levels."""
@@ -69,21 +69,14 @@ def level_configs(count: int, lr: float, cfg: Config) -> Dict[str, LevelConfig]:
     return {**fast, "slow": replace(slow, period=max(PERIODS[count]) * 64)}
 
 
-def pretrain(cfg: Config, setting: Setting, vocabulary: int) -> Dict[str, Tensor]:
-    """Weights of the slow level, trained plainly on the base sources."""
-    model = NestedLM(cfg.model, level_configs(1, 0.0, cfg), vocabulary).reset_parameters(cfg.run.seed)
-    fast = set(model.owned_by("learner"))
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name not in fast)
-    sequences = base_sequences(setting.corpus, setting.tokenizer, cfg, setting.base_sources)
-    batches = BaseBatches(sequences, 2 * cfg.base.batch, cfg.run.seed)
-    optimizer = build_optimizer([p for p in model.parameters() if p.requires_grad], OptimizerConfig(lr=cfg.base.lr))
-    steps = cfg.base.tokens // (2 * cfg.base.batch * cfg.model.context)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(cfg.base.lr, step, steps)
-        plain_step(model, optimizer, batches.batch(step)[0].numpy(), cfg)
-    return {name: p.detach().clone() for name, p in model.named_parameters() if name not in fast}
+def pretrain(cfg: Config, setting: Setting) -> Dict[str, Tensor]:
+    """Weights of the slow level, pretrained on the base sources as a run pretrains its base."""
+    cfg = replace(cfg, levels=level_configs(1, 0.0, cfg))
+    with tempfile.TemporaryDirectory() as folder:
+        host = LocalHost(cfg, setting, Path(folder))
+        fast = set(host.build_model().owned_by("learner"))
+        sequences = base_sequences(setting.corpus, setting.tokenizer, cfg, setting.base_sources)
+        return {name: tensor for name, tensor in pretrain_base(cfg, host, sequences).items() if name not in fast}
 
 
 def live_through(cfg: Config, setting: Setting, base: Dict[str, Tensor], count: int, lr: float) -> Outcome:
@@ -122,7 +115,7 @@ def measure(
     for seed in seeds:
         cfg = load_config("default", [*overrides, f"run.seed={seed}"])
         setting = open_setting(cfg)
-        base = pretrain(cfg, setting, setting.tokenizer.vocab_size)
+        base = pretrain(cfg, setting)
         for lr, count in itertools.product(rates, PERIODS):
             outcomes.append(live_through(cfg, setting, base, count, lr))
     return outcomes

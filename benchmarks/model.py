@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,7 +29,8 @@ from benchmarks.results import keep_page
 from benchmarks.tables import Machine, markdown_table
 from benchmarks.ways import OPTIMIZER, Change, NestedWays, Shape, as_it_is, compile_once, size_of
 from nl_model.model import resolve_device
-from nl_model.optim.levelwise import build_optimizer
+from pipelines.sleep.engine import LocalEngine
+from pipelines.sleep.training import Batch, training_step
 
 REQUIRED = {
     "wake_fast_only": 1.3,
@@ -97,20 +99,27 @@ class PlainTransformer(nn.Module):
         return F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="none").view_as(targets_BT)
 
 
+@dataclass(frozen=True)
+class PlainLoss:
+    """The objective of the plain transformer, whose loss may be a compiled one."""
+
+    nll: Callable[[Tensor], Tensor]
+
+    def loss(self, step: int, forward: Callable[[Tensor], Tensor], batch: Batch) -> Tuple[Tensor, Dict[str, Tensor]]:
+        """Mean loss in nats per token."""
+        return self.nll(batch.tokens_BS).mean(), {}
+
+
 def plain_way(shape: Shape, change: Change = as_it_is) -> Way:
-    """The reference: every parameter trained in every step."""
+    """The reference: every parameter trained in every step, by the training step of a run."""
     torch.manual_seed(0)
     model = PlainTransformer(shape).to(shape.device)
-    optimizer = build_optimizer(list(model.parameters()), OPTIMIZER)
-    loss = change(model.nll)
+    engine = LocalEngine(model, OPTIMIZER)  # type: ignore[arg-type]  # asks no more than a module's of it
+    objective, lr = PlainLoss(change(model.nll)), OPTIMIZER.lr
+    recent_B, keys_B = torch.ones(shape.batch, dtype=torch.bool), np.arange(shape.batch)
 
     def step() -> None:
-        with shape.autocast():
-            nll_BT = loss(shape.draw())
-        nll_BT.mean().backward()
-        nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        training_step(engine, objective, 0, Batch(shape.draw(), recent_B, keys_B), lr, shape.precision)
 
     return Way(step, shape.step_tokens, parameters=size_of(model))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Dict, Tuple
 
@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nl_model.config import LevelConfig, ModelConfig
+from nl_model.config import LevelConfig, ModelConfig, OptimizerConfig
 from nl_model.memory.config import MemoryConfig
 from nl_model.model import NestedLM
 from nl_model.probes import IGNORE, Probe, stream
+from pipelines.sleep.engine import LocalEngine
+from pipelines.sleep.training import Batch, training_step
 
 MODELS: Dict[str, Dict[str, Any]] = {"attention": {}, "hope": {"mixer": "titans"}}
 """Model name to the fields of ModelConfig that make it; everything else is the recipe's."""
@@ -137,6 +139,20 @@ class Answerer(nn.Module):
         return self.head(x_BTD[scored_BT])
 
 
+@dataclass(frozen=True)
+class Answers:
+    """The objective of one batch: the scored positions alone count."""
+
+    net: Answerer
+    targets_BT: Tensor
+
+    def loss(self, step: int, forward: Callable[[Tensor], Tensor], batch: Batch) -> Tuple[Tensor, Dict[str, Tensor]]:
+        """Mean loss in nats per scored position."""
+        scored_BT = self.targets_BT != IGNORE
+        logits_NV = self.net(batch.tokens_BS, scored_BT)  # `forward` would answer every position
+        return F.cross_entropy(logits_NV.float(), self.targets_BT[scored_BT]), {}
+
+
 def build(name: str, vocab_size: int, cfg: ModelConfig, seed: int, mlp: int = 4) -> NestedLM:
     """A fresh model of MODELS with one MLP of hidden width mlp * dim per block; ValueError for an unknown name."""
     if name not in MODELS:
@@ -212,13 +228,14 @@ def train(
     )
     body = build(model, probe.vocab_size, cfg, seed, recipe.mlp)
     net = Answerer(body, probe.readout, seed).to(device)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, recipe))
+    engine = LocalEngine(net, OptimizerConfig(lr=lr, beta2=0.98, weight_decay=recipe.weight_decay))  # type: ignore[arg-type]
     losses, solved, stopped, started, step = [], 0, "steps", time.process_time(), 0
     for step in range(1, recipe.steps + 1):
         course = courses[_lesson(step, len(lessons), recipe)]
-        losses.append(_step(net, optimizer, *course.draw()))
-        schedule.step()
+        inputs_BT, targets_BT = course.draw()
+        batch = Batch(inputs_BT, torch.ones(len(inputs_BT), dtype=torch.bool), np.arange(len(inputs_BT)))
+        found = training_step(engine, Answers(net, targets_BT), step, batch, lr * _rate(step - 1, recipe))
+        losses.append(found["total"])
         if step % math.ceil(recipe.steps / recipe.checks) == 0 and course is courses[-1]:
             solved = solved + 1 if accuracy(net, probe, *validation, device) >= recipe.solved else 0
         if recipe.patience and solved == recipe.patience:
@@ -234,7 +251,7 @@ def train(
         seed=seed,
         accuracy=scores,
         validation=accuracy(net, probe, *validation, device),
-        loss=float(torch.stack(losses[-max(1, step // 10) :]).mean()),
+        loss=float(np.mean(losses[-max(1, step // 10) :])),
         steps=step,
         seconds=round(seconds, 1),
         parameters=sum(p.numel() for p in net.parameters()),
@@ -256,17 +273,6 @@ def _rate(step: int, recipe: Recipe) -> float:
         return (step + 1) / warm
     full = max(warm, round(recipe.lesson_share * recipe.steps)) if recipe.lessons else warm
     return 0.5 * (1 + math.cos(math.pi * max(0, step - full) / max(1, recipe.steps - full)))
-
-
-def _step(net: Answerer, optimizer: torch.optim.Optimizer, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-    """One optimizer step; the loss stays on the device."""
-    scored_BT = targets_BT != IGNORE
-    loss = F.cross_entropy(net(inputs_BT, scored_BT).float(), targets_BT[scored_BT])
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-    optimizer.step()
-    return loss.detach()
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from benchmarks import sleep_ranks
 from benchmarks.interleave import clock, one_thread
 from benchmarks.results import keep_page
 from benchmarks.scaling import Cadence, Costs, Point, curve, fit_link, sleep_step
-from benchmarks.sleep_ranks import AWAKE, BESIDE, PARALLEL, PLAIN, Ranks, Task
+from benchmarks.sleep_ranks import AWAKE, BESIDE, PARALLEL, PLAIN, UNGUIDED, Ranks, Task
 from benchmarks.tables import Machine, Spread, markdown_table
 from benchmarks.traffic import file_bytes
 from cluster.storage.releases import Release, Releases, load_release, shards_fingerprint, write_shard
@@ -99,7 +99,7 @@ def measure(cfg: Config, repeats: int = 5, steps: int = 2, worlds: Sequence[int]
         raise ValueError(f"worlds={list(worlds)} must be 1 and larger numbers, ascending")
     recent = slow_period(cfg) // cfg.model.context
     share = max(2, cfg.sleep.batch // max(worlds))
-    task = Task(cfg, share, repeats, steps, num_steps(cfg.sleep, recent))
+    task = Task(cfg, share, repeats, steps, num_steps(cfg.sleep, 0, recent - 1))
     ranks = {}
     for world in worlds:
         print(f"{world} ranks ...", flush=True)
@@ -130,7 +130,7 @@ def costs_of(cfg: Config, one: Ranks, most: Ranks, traffic: Traffic, share: int)
     fast = sum(sizes[name] for name in with_fast.owned_by("learner"))
     return Costs(
         wake=one.seconds[AWAKE].median / tokens,
-        full=one.seconds[PLAIN].median / tokens,
+        full=one.seconds[PLAIN + UNGUIDED].median / tokens,
         sleep=one.seconds[way].median / tokens,
         weights=float(sum(sizes.values())),
         fast=float(fast),
@@ -248,7 +248,7 @@ def render(figures: Figures) -> str:
 
 def _speed(figures: Figures) -> str:
     task, gpu = figures.task, figures.cfg.compute.device == "cuda"
-    header = ["ranks", "way", "tokens/s" if gpu else "tokens/CPU-s", "by the plain loop's", "tokens/s by the clock"]
+    header = ["ranks", "way", "tokens/s" if gpu else "tokens/CPU-s", "by one process's", "tokens/s by the clock"]
     header += ["MiB per step and rank"]
     rows = []
     for world, ranks in figures.ranks.items():
@@ -262,9 +262,10 @@ def _speed(figures: Figures) -> str:
     about = (
         f"Sleep steps (student, teacher and anchor; {task.share} sequences of {figures.cfg.model.context} tokens per "
         f"rank and step, {figures.costs.weights / 4e6:.1f}M parameters, {figures.cfg.compute.precision}), "
-        f"{task.repeats} repeats in turns; every way is held against a plain loop of the same maths on one rank, just "
-        f"before and after. *{PARALLEL}* is that loop under torch's DistributedDataParallel, *{BESIDE}* one on every "
-        f"rank, *{AWAKE}* one of the learner's levels alone."
+        f"{task.repeats} repeats in turns; every way is held against *{PLAIN}*, the same step without DeepSpeed, just "
+        f"before and after. *{PARALLEL}* is that one under torch's DistributedDataParallel, *{BESIDE}* one on every "
+        f"rank, *{AWAKE}* what the learner does. With *{UNGUIDED.strip(', ')}* it is a plain "
+        "training step through the very same engine: the distance to it is what guides cost."
     )
     return f"**Speed.** {about}\n\n{markdown_table(header, rows)}"
 

@@ -1,6 +1,7 @@
-"""Sleep steps on real ranks: every ZeRO stage in turns with a plain loop that does the same maths.
+"""Sleep steps on real ranks: every ZeRO stage in turns with the same step in one process.
 
-Shapes: B sequences of a step and rank, S = T + 1 tokens.
+All of them are the one training step of a run, on other engines. Shapes: B sequences of a step and rank, T tokens, V
+vocabulary, S = T + 1.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Dict, List, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Tuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,18 +22,28 @@ from benchmarks.interleave import Rate, clock, interleave, one_thread
 from benchmarks.scaling import Calls
 from benchmarks.tables import Spread
 from benchmarks.traffic import socket_bytes
-from nl_model.losses import token_nll
-from nl_model.model import NestedLM, autocast, resolve_device
-from nl_model.optim.levelwise import build_optimizer
+from nl_model.config import OptimizerConfig
+from nl_model.model import NestedLM, resolve_device
+from nl_model.recall import Recall
 from pipelines.config.schema import Config
+from pipelines.data.stream import Sequence
 from pipelines.data.tokens import build_tokenizer
-from pipelines.sleep.losses import guide_logits, sleep_loss
+from pipelines.sleep.base import TrueTokens
+from pipelines.sleep.engine import LocalEngine, Steps
+from pipelines.sleep.objective import GuidedObjective
+from pipelines.sleep.training import Batch, Objective, training_step
+from pipelines.wake.awake import Awake
 
-PLAIN, PARALLEL, AWAKE = "plain loop", "data-parallel", "wake step"
-BESIDE = "plain loops side by side"
-"""One on every rank, none of which waits for another: what sharing a machine costs."""
+if TYPE_CHECKING:
+    from cluster.pool.engine import DeepSpeedEngine
+
+PLAIN, PARALLEL, AWAKE = "one process", "data-parallel", "wake step"
+BESIDE = "processes side by side"
+"""A sleep step in every one, none of which waits for another: what sharing a machine costs."""
+UNGUIDED = ", true tokens"
+"""Ends the name of a way that takes plain training steps through the very engine that takes the sleep steps."""
 STAGES = (0, 1, 2, 3)
-Step = Callable[[], None]
+Step = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -55,7 +67,7 @@ class Ranks:
 
     world: int
     rates: Dict[str, Rate]
-    """Tokens per CPU-second of all ranks together (per second of a GPU), and by the plain loop's on one rank."""
+    """Tokens per CPU-second of all ranks together (per second of a GPU), and by one process's, without DeepSpeed."""
     seconds: Dict[str, Spread]
     """Wall seconds per step."""
     moved: Dict[str, float] = field(default_factory=dict)
@@ -67,7 +79,7 @@ class Ranks:
 
     @property
     def crowding(self) -> float:
-        """How much longer a plain step takes where every rank of the machine takes one; 1 where nobody shares it."""
+        """How much longer a process takes for a step where every rank takes one of its own; 1 where nobody shares."""
         return self.seconds[BESIDE].median / self.seconds[PLAIN].median if BESIDE in self.seconds else 1.0
 
 
@@ -119,15 +131,22 @@ def measure_here(task: Task) -> Ranks:
     """Measure in the process group that is there. A collective; every rank gets the figures."""
     world = torch.distributed.get_world_size()
     lessons = Lessons(task)
-    steps: Dict[str, Step] = {AWAKE: lessons.awake()} if world == 1 else {PARALLEL: lessons.plain(parallel=True)}
+    steps: Dict[str, Step] = {AWAKE: lessons.awake()} if world == 1 else {PARALLEL: lessons.parallel()}
     engines = []
     for stage in task.stages:
-        engine, step = lessons.sharded(stage)
+        model = lessons.model()
+        engine = lessons.engine(stage, model)
         engines.append(engine)
-        steps[f"ZeRO {stage}"] = step
-    alone = lessons.plain()
+        steps[f"ZeRO {stage}"] = lessons.steps(engine, lessons.guided(model))
+        if stage == task.cfg.pool.zero_stage:
+            steps[f"ZeRO {stage}{UNGUIDED}"] = lessons.steps(engine, TrueTokens())
+    model = lessons.model()
+    local = lessons.local(model)
+    alone = lessons.steps(local, lessons.guided(model))
     if world > 1:
-        steps[BESIDE] = lessons.plain()
+        steps[BESIDE] = alone
+    else:
+        steps[PLAIN + UNGUIDED] = lessons.steps(local, TrueTokens())
     walls: Dict[str, List[float]] = {}
     visits = {name: _together(name, step, task, lessons, walls, range(world)) for name, step in steps.items()}
     reference = _together(PLAIN, alone, task, lessons, walls, range(1))
@@ -137,7 +156,8 @@ def measure_here(task: Task) -> Ranks:
     rates = interleave(reference, visits, task.repeats)
     rates[PLAIN] = rates.pop("reference")
     moved, calls = {}, {}
-    talking = {name: step for name, step in steps.items() if world > 1 and name != BESIDE}
+    silent = {BESIDE, *(name for name in steps if name.endswith(UNGUIDED))}
+    talking = {name: step for name, step in steps.items() if world > 1 and name not in silent}
     if task.round_steps:
         moved = {name: _bytes_of(step, task.round_steps, lessons.device) for name, step in talking.items()}
         calls = {name: _calls_of(step) for name, step in talking.items()}
@@ -214,14 +234,15 @@ class Lessons:
     """Models, batches and steps of one rank."""
 
     def __init__(self, task: Task) -> None:
-        self.cfg, self.share = task.cfg, task.share
+        self.cfg, self.share, self.rank = task.cfg, task.share, torch.distributed.get_rank()
         self.device = resolve_device(task.cfg.compute.device)
         self.vocabulary = build_tokenizer(task.cfg.tokenizer, []).vocab_size
         self.step_tokens = self.share * self.cfg.model.context
-        generator = torch.Generator().manual_seed(1 + torch.distributed.get_rank())
+        generator = torch.Generator().manual_seed(1 + self.rank)
         size = (self.share, self.cfg.model.context + 1)
-        self.tokens_BS = torch.randint(self.vocabulary, size, generator=generator).to(self.device)
-        self.recent_B = torch.arange(self.share, device=self.device) < round(self.cfg.sleep.recent * self.share)
+        tokens_BS = torch.randint(self.vocabulary, size, generator=generator)
+        recent_B = torch.arange(self.share) < round(self.cfg.sleep.recent * self.share)
+        self.batch = Batch(tokens_BS, recent_B, np.arange(self.share)).to(self.device)
         self.teacher, self.anchor = self.model(), self.model()
 
     def model(self) -> NestedLM:
@@ -229,46 +250,50 @@ class Lessons:
         model = NestedLM(self.cfg.model, self.cfg.levels, self.vocabulary)
         return model.reset_parameters(self.cfg.run.seed).to(self.device)
 
-    def loss(self, student: Callable[[Tensor], Tensor]) -> Tensor:
-        """The loss of a sleep step, guides computed anew."""
-        sleep, tokens_BS = self.cfg.sleep, self.tokens_BS
-        with autocast(self.device, self.cfg.compute.precision):
-            teacher = self.teacher if sleep.teacher else None
-            guides = guide_logits(teacher, self.anchor if sleep.anchor else None, tokens_BS, self.recent_B)
-            return sleep_loss(student(tokens_BS[:, :-1]), tokens_BS, self.recent_B, guides, sleep)[0]
+    def guided(self, student: NestedLM) -> GuidedObjective:
+        """The objective of a round, guides computed anew in every step."""
+        sleep = self.cfg.sleep
+        guides = (self.teacher if sleep.teacher else None), (self.anchor if sleep.anchor else None)
+        return GuidedObjective(sleep, 1, self.cfg.run.seed, student, *guides)
 
-    def plain(self, parallel: bool = False) -> Step:
-        """Steps without DeepSpeed: of one rank, or of all with torch's data-parallel gradients."""
-        cfg, model = self.cfg.sleep.optimizer, self.model()
-        student: Any = nn.parallel.DistributedDataParallel(model) if parallel else model
-        return self._stepper(model, cfg.clip, lambda: self.loss(student))
+    def steps(self, engine: Steps, objective: Objective) -> Step:
+        """Training steps of an engine."""
+        lr, precision = self.cfg.sleep.optimizer.lr, self.cfg.compute.precision
+        return lambda: training_step(engine, objective, 0, self.batch, lr, precision)
+
+    def local(self, model: NestedLM) -> LocalEngine:
+        """An engine without DeepSpeed."""
+        return LocalEngine(model, self.cfg.sleep.optimizer)
+
+    def parallel(self) -> Step:
+        """Sleep steps without DeepSpeed, gradients averaged over the ranks by torch."""
+        model = self.model()
+        return self.steps(_Parallel(model, self.cfg.sleep.optimizer), self.guided(model))
 
     def awake(self) -> Step:
-        """Steps of the learner's levels alone, written at every one of them."""
-        model = self.model().train_only("learner")
-        return self._stepper(model, 0.0, lambda: token_nll(model(self.tokens_BS[:, :-1]), self.tokens_BS[:, 1:]).mean())
+        """Wake steps of the learner, whose log is durable at once."""
+        cfg, tokens_BS = self.cfg, self.batch.tokens_BS.cpu().numpy()
+        context = cfg.model.context
+        rows = [Sequence(i, "random", row, 0, i * context, None, context) for i, row in enumerate(tokens_BS)]
+        awake = Awake(self.model(), cfg, Recall(cfg.wake.recall) if cfg.wake.recall else None)
+        return lambda: awake.step(rows, lambda records: lambda: None)
 
-    def _stepper(self, model: NestedLM, clip: float, loss: Callable[[], Tensor]) -> Step:
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = build_optimizer(trained, self.cfg.sleep.optimizer)
-
-        def step() -> None:
-            loss().backward()
-            nn.utils.clip_grad_norm_(trained, clip or float("inf"))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        return step
-
-    def sharded(self, stage: int) -> Tuple[Any, Step]:
-        """An engine of a ZeRO stage, and its steps."""
-        from cluster.pool.engine import StudentEngine  # noqa: PLC0415
+    def engine(self, stage: int, model: NestedLM) -> DeepSpeedEngine:
+        """The pool's engine with a ZeRO stage."""
+        from cluster.pool.engine import DeepSpeedEngine  # noqa: PLC0415 (after the accelerator is chosen)
 
         pool = replace(self.cfg.pool, zero_stage=stage)
-        engine = StudentEngine(self.model(), self.cfg.sleep.optimizer, pool, self.share)
-        lr: float = self.cfg.sleep.optimizer.lr
+        return DeepSpeedEngine(model, self.cfg.sleep.optimizer, pool, self.share)
 
-        def step() -> None:
-            engine.step(self.loss(engine), lr)
 
-        return engine, step
+class _Parallel(LocalEngine):
+    """An engine whose gradients torch averages over the ranks while the backward pass runs."""
+
+    def __init__(self, model: NestedLM, optimizer: OptimizerConfig) -> None:
+        super().__init__(model, optimizer)
+        self.parallel = nn.parallel.DistributedDataParallel(model)
+
+    def __call__(self, tokens_BT: Tensor) -> Tensor:
+        """Logits (B, T, V)."""
+        logits_BTV: Tensor = self.parallel(tokens_BT)
+        return logits_BTV

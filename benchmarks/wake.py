@@ -1,6 +1,7 @@
 """What a wake step and a sleep step cost beside a plain training step. `python -m benchmarks.wake`.
 
-All three run the same model on the same batches, interleaved, on the CPU with one thread.
+All three run the same model on the same batches, interleaved, on the CPU with one thread. They are the steps that a run
+takes: the learner's, and the training step with the objective of a round or with true tokens alone.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ import torch
 from benchmarks.tables import Spread, markdown_table
 from nl_model.flops import forward_flops, full_step_flops, wake_step_flops
 from nl_model.model import NestedLM
-from nl_model.optim.levelwise import build_optimizer
 from nl_model.recall import Recall
 from pipelines.config.load import load_config
 from pipelines.config.schema import Config
 from pipelines.data.stream import Sequence
 from pipelines.data.tokens import build_tokenizer
 from pipelines.experience import Record
-from pipelines.sleep.control import plain_step
-from pipelines.sleep.losses import guide_logits, sleep_loss
+from pipelines.sleep.base import TrueTokens
+from pipelines.sleep.engine import LocalEngine
+from pipelines.sleep.objective import GuidedObjective
+from pipelines.sleep.training import Batch, Objective, training_step
 from pipelines.wake.awake import Awake
 
 LARGER = (
@@ -151,10 +153,6 @@ def _batches(cfg: Config, vocabulary: int, steps: int) -> list[list[Sequence]]:
     return [rows[at : at + size] for at in range(0, len(rows), size)]
 
 
-def _tokens(batch: list[Sequence]) -> np.ndarray:
-    return np.stack([sequence.tokens for sequence in batch])
-
-
 def _warm_weights(cfg: Config, vocabulary: int, batches: list[list[Sequence]]) -> dict[str, torch.Tensor]:
     model = NestedLM(cfg.model, cfg.levels, vocabulary).reset_parameters(cfg.run.seed)
     step = _plain(cfg, model, batches)
@@ -170,13 +168,25 @@ def _model(cfg: Config, vocabulary: int, weights: dict[str, torch.Tensor]) -> Ne
 
 
 def _plain(cfg: Config, model: NestedLM, batches: list[list[Sequence]]) -> Step:
-    optimizer = build_optimizer(list(model.parameters()), cfg.sleep.optimizer)
-    arrays = [_tokens(batch) for batch in batches]
-    return lambda i: plain_step(model, optimizer, arrays[i % len(arrays)], cfg)
+    return _training(cfg, model, TrueTokens(), batches)
+
+
+def _training(cfg: Config, model: NestedLM, objective: Objective, batches: list[list[Sequence]]) -> Step:
+    """The pool's training step in this process; who guides decides what it is a step of."""
+    engine, lr = LocalEngine(model, cfg.sleep.optimizer), cfg.sleep.optimizer.lr
+    held = [_batch(cfg, batch) for batch in batches]
+    return lambda i: training_step(engine, objective, i, held[i % len(held)], lr, cfg.compute.precision)
+
+
+def _batch(cfg: Config, sequences: list[Sequence]) -> Batch:
+    """Sequences as the pool has them: recent ones first, the rest stands for replayed ones."""
+    tokens_BS = torch.from_numpy(np.stack([sequence.tokens for sequence in sequences]).astype(np.int64))
+    recent_B = torch.arange(len(tokens_BS)) < round(cfg.sleep.recent * len(tokens_BS))
+    return Batch(tokens_BS, recent_B, np.array([sequence.key for sequence in sequences]))
 
 
 def _wake(cfg: Config, model: NestedLM, batches: list[list[Sequence]], recall: int) -> Step:
-    awake = Awake(model, cfg.compute, Recall(recall) if recall else None)
+    awake = Awake(model, cfg, Recall(recall) if recall else None)
     return lambda i: awake.step(batches[i % len(batches)], _durable_at_once)
 
 
@@ -185,23 +195,10 @@ def _durable_at_once(records: list[Record]) -> Callable[[], None]:
 
 
 def _sleep(cfg: Config, models: list[NestedLM], batches: list[list[Sequence]]) -> Step:
-    student, teacher, anchor = models
-    optimizer = build_optimizer(list(student.parameters()), cfg.sleep.optimizer)
-    guides = (teacher if cfg.sleep.teacher else None, anchor if cfg.sleep.anchor else None)
-    stored = [_tokens(batch) for batch in batches]
-    size = len(stored[0])
-    recent = torch.arange(size) < round(cfg.sleep.recent * size)
-
-    def step(i: int) -> None:
-        tokens = torch.from_numpy(stored[i % len(stored)].astype(np.int64))
-        logits = guide_logits(*guides, tokens, recent)
-        loss, _ = sleep_loss(student(tokens[:, :-1]), tokens, recent, logits, cfg.sleep)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.sleep.optimizer.clip or float("inf"))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+    student, awake, at_rest = models
+    teacher, anchor = (awake if cfg.sleep.teacher else None), (at_rest if cfg.sleep.anchor else None)
+    objective = GuidedObjective(cfg.sleep, len(batches), cfg.run.seed, student, teacher, anchor)
+    return _training(cfg, student, objective, batches)
 
 
 def _time(step: Step, steps: int) -> tuple[float, float]:

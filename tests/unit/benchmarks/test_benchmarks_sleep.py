@@ -14,12 +14,14 @@ import torch
 from benchmarks.interleave import Rate
 from benchmarks.scaling import Calls, Link, curve
 from benchmarks.sleep import Figures, Handover, Traffic, cadence_of, costs_of, measure, predict, render
-from benchmarks.sleep_ranks import AWAKE, BESIDE, PARALLEL, PLAIN, Lessons, Ranks, Task, measure_here
+from benchmarks.sleep_ranks import AWAKE, BESIDE, PARALLEL, PLAIN, UNGUIDED, Lessons, Ranks, Task, measure_here
 from benchmarks.tables import Spread
 from benchmarks.traffic import file_bytes, socket_bytes
 from nl_model.weights import save_tensors
 from pipelines.config.schema import Config
+from pipelines.sleep.base import TrueTokens
 from pipelines.sleep.guides import GuideCosts
+from pipelines.sleep.training import training_step
 
 ONE = Spread(0.5, 0.25, 1.0)
 RATE = Rate(ONE, ONE)
@@ -57,26 +59,33 @@ def test_bytes_of_files_are_counted(tmp_path: Path) -> None:
     assert 200_000 <= file_bytes()[1] - read < 210_000
 
 
-def test_a_plain_step_and_an_engine_take_the_same_step(group: None, cfg: Config) -> None:
+def test_both_engines_take_the_same_sleep_step(group: None, cfg: Config) -> None:
     lessons = Lessons(Task(cfg, share=4, repeats=1))
-    expected = float(lessons.loss(lessons.model()).detach())
-    engine, sharded = lessons.sharded(2)
+    lr, model, sharded = cfg.sleep.optimizer.lr, lessons.model(), lessons.model()
+    local, engine = lessons.local(model), lessons.engine(2, sharded)
     try:
-        assert float(lessons.loss(engine).detach()) == pytest.approx(expected, abs=1e-6)
-        sharded()
+        expected = training_step(local, lessons.guided(model), 0, lessons.batch, lr)
+        assert training_step(engine, lessons.guided(sharded), 0, lessons.batch, lr) == pytest.approx(expected, abs=1e-6)
         after = dict(engine.weights())
     finally:
         engine.close()
+    for name, parameter in local.weights():
+        torch.testing.assert_close(after[name], parameter, rtol=0, atol=1e-5)
+
+
+def test_guides_and_true_tokens_go_through_one_engine(group: None, cfg: Config) -> None:
+    lessons = Lessons(Task(cfg, share=4, repeats=1))
     model = lessons.model()
-    step = lessons._stepper(model, cfg.sleep.optimizer.clip, lambda: lessons.loss(model))
-    step()
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(after[name], parameter.detach(), rtol=0, atol=1e-5)
+    engine = lessons.local(model)
+    guided, plain = (lessons.steps(engine, objective)() for objective in (lessons.guided(model), TrueTokens()))
+    assert isinstance(guided, dict) and isinstance(plain, dict)
+    assert set(plain) == {"total"} < set(guided)
 
 
 def test_one_rank_is_measured_in_turns(group: None, cfg: Config) -> None:
     found = measure_here(Task(cfg, share=2, repeats=2, steps=1, stages=(0, 2)))
-    assert set(found.rates) == set(found.seconds) == {PLAIN, AWAKE, "ZeRO 0", "ZeRO 2"}
+    ways = {PLAIN, PLAIN + UNGUIDED, AWAKE, "ZeRO 0", "ZeRO 2", "ZeRO 2" + UNGUIDED}
+    assert set(found.rates) == set(found.seconds) == ways
     assert found.rates[PLAIN].ratio == Spread(1.0, 1.0, 1.0)
     assert all(0 < rate.tokens_per_s.low <= rate.tokens_per_s.high for rate in found.rates.values())
     assert found.world == 1 and not (found.moved or found.reductions or found.calls), "nobody to talk to"
@@ -94,8 +103,9 @@ def test_what_is_handed_over_is_counted(cfg: Config, tmp_path: Path) -> None:
 
 
 def test_the_page_has_every_figure(cfg: Config) -> None:
+    plain = Spread(0.375, 0.25, 0.5)
     ways = [PLAIN, *(f"ZeRO {stage}" for stage in range(4))]
-    one = Ranks(1, dict.fromkeys([*ways, AWAKE], RATE), dict.fromkeys([*ways, AWAKE], ONE))
+    one = Ranks(1, dict.fromkeys([*ways, AWAKE], RATE), {**dict.fromkeys([*ways, AWAKE], ONE), PLAIN + UNGUIDED: plain})
     two = Ranks(2, dict.fromkeys([*ways, PARALLEL], RATE), dict.fromkeys([*ways, PARALLEL], ONE))
     assert one.crowding == two.crowding == 1.0, "nobody was measured beside another"
     two = replace(two, moved={PARALLEL: 4e8, "ZeRO 2": 6e8}, reductions=[(1e3, 1e-4), (1e6, 1e-2)])
@@ -103,7 +113,8 @@ def test_the_page_has_every_figure(cfg: Config) -> None:
     assert two.crowding == 1.2
     traffic = Traffic(10, 1_000_000, 4_000_000, 0.1, 4e8, {"ZeRO 2": 4e8})
     costs, cadence = costs_of(cfg, one, two, traffic, 4), cadence_of(cfg, 4)
-    assert costs.wake == costs.full == ONE.median / (4 * cfg.model.context) and costs.link != Link(0.0, 0.0)
+    assert costs.wake == ONE.median / (4 * cfg.model.context) and costs.link != Link(0.0, 0.0)
+    assert costs.full == plain.median / (4 * cfg.model.context), "data-parallel training has no guides"
     assert (costs.parts, costs.calls) == (3.0, Calls(3.0, 1.0))
     expected = 1.2 * ONE.median + 3.0 * costs.link.alpha + costs.link.beta * 3.0 * costs.weights / 2 + costs.link.alpha
     assert predict(costs, one, two, "ZeRO 2", cadence) == pytest.approx(expected), "crowded, three rings and a tree"
