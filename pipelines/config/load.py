@@ -82,8 +82,8 @@ def _parse(text: str, name: str) -> Dict[str, Any]:
 def load_config(name: str = "default", overrides: Sequence[str] = (), preset: str = "") -> Config:
     """What is shipped, then the strategy, then what a user gives; everything checked.
 
-    In order, later ones win: defaults, the file, a preset of sizes, the strategy, the overrides. A strategy changes no key
-    that a user's own file names. ValueError names the key and the remedy.
+    In order, later ones win: defaults, the file, a preset of sizes, the strategy, the overrides. A strategy changes no
+    key that a user's own file names. ValueError names the key and the remedy.
     """
     tree = read_yaml(name)
     _check_keys(tree, Config, "", name)
@@ -127,8 +127,8 @@ def _strategy_of(name: str, tree: Mapping[str, Any], asked: Any) -> str:
     in_file = tree.get("strategy")
     if asked is not None and in_file is not None and asked != in_file:
         raise ValueError(
-            f"strategy={asked} on the command line, but {name} says strategy: {in_file}, and its keys lie over those of "
-            "a strategy; take the key out of the file, and what belongs to that strategy with it"
+            f"strategy={asked} on the command line, but {name} says strategy: {in_file}, and its keys lie over those "
+            "of a strategy; take the key out of the file, and what belongs to that strategy with it"
         )
     found = str(asked if asked is not None else in_file if in_file is not None else Config.strategy)
     if found not in strategies():
