@@ -19,6 +19,7 @@ from pipelines.config.schema import Config
 
 SHIPPED = "pipelines.config.shipped"
 PRESETS = "pipelines.config.sizes"
+STRATEGIES = "pipelines.config.strategies"
 # Keys that say where and how fast a run computes, not what it computes: they may differ when a run is continued.
 FREE_ON_RESUME = (
     *("run.root", "ray", "failures", "tracking", "control"),
@@ -36,6 +37,11 @@ def shipped_configs() -> List[str]:
 def presets() -> List[str]:
     """Names of the shipped presets: sizes of a model and its stream, to be laid over any configuration."""
     return _names(PRESETS)
+
+
+def strategies() -> List[str]:
+    """Names of the shipped strategies: what a run does (`strategy=NAME`), valid for runs and comparisons alike."""
+    return _names(STRATEGIES)
 
 
 def _names(package: str) -> List[str]:
@@ -56,7 +62,11 @@ def read_yaml(name: str) -> Dict[str, Any]:
 def _read_preset(name: str) -> Dict[str, Any]:
     if name not in presets():
         raise ValueError(f"--preset {name!r} is unknown; use one of {', '.join(presets())}, or none")
-    return _parse((resources.files(PRESETS) / f"{name}.yaml").read_text(encoding="utf-8"), name)
+    return _named(PRESETS, name)
+
+
+def _named(package: str, name: str) -> Dict[str, Any]:
+    return _parse((resources.files(package) / f"{name}.yaml").read_text(encoding="utf-8"), name)
 
 
 def _parse(text: str, name: str) -> Dict[str, Any]:
@@ -70,31 +80,62 @@ def _parse(text: str, name: str) -> Dict[str, Any]:
 
 
 def load_config(name: str = "default", overrides: Sequence[str] = (), preset: str = "") -> Config:
-    """Defaults, then the file, then a shipped preset of sizes, then the overrides; everything checked.
+    """What is shipped, then the strategy, then what a user gives; everything checked.
 
-    ValueError names the key and the remedy.
+    In order, later ones win: defaults, the file, a preset of sizes, the strategy, the overrides. A strategy changes no
+    key that a user's own file names. ValueError names the key and the remedy.
     """
     tree = read_yaml(name)
     _check_keys(tree, Config, "", name)
-    if preset:
-        sizes = _read_preset(preset)
-        tree = {**tree, **{section: {**(tree.get(section) or {}), **values} for section, values in sizes.items()}}
-        tree["levels"] = sizes.get("levels", tree.get("levels"))
     _check_overrides(overrides)
     try:
         base = OmegaConf.structured(Config)
         _make_writable(base)
-        if "levels" in tree:  # a file that names levels names all of them
-            base.levels = {}
         given = OmegaConf.from_dotlist(list(overrides))
         _check_keys(OmegaConf.to_container(given), Config, "", "the command line")
-        _check_levels_named(given.get("levels") or {}, [*base.levels, *(tree.get("levels") or {})])
-        merged = OmegaConf.merge(base, tree, given)
-        config = OmegaConf.to_object(merged)
+        strategy = _strategy_of(name, tree, given.get("strategy"))
+        sizes = _read_preset(preset) if preset else {}
+        overlay = _without(_named(STRATEGIES, strategy), tree if Path(name).is_file() else {})
+        # Level by level would mix the levels of two: whoever names levels names all of them.
+        named = sizes.get("levels") or tree.get("levels")
+        layers = [_without(layer, {"levels": None}) for layer in (tree, sizes, overlay)]
+        if named is not None:
+            base.levels = {}
+            layers.append({"levels": named})
+        _check_levels_named(given.get("levels") or {}, [*base.levels, *(named or {})])
+        config = OmegaConf.to_object(OmegaConf.merge(base, *layers, given, {"strategy": strategy}))
     except OmegaConfBaseException as error:
         raise ValueError(_plain(error)) from None
     assert isinstance(config, Config)
     return config
+
+
+def _without(tree: Mapping[str, Any], named: Mapping[str, Any]) -> Dict[str, Any]:
+    """A tree without the keys that another one names."""
+    found: Dict[str, Any] = {}
+    for key, value in tree.items():
+        other = named.get(key)
+        if isinstance(value, Mapping) and isinstance(other, Mapping):
+            found[key] = _without(value, other)
+        elif key not in named:
+            found[key] = value
+    return found
+
+
+def _strategy_of(name: str, tree: Mapping[str, Any], asked: Any) -> str:
+    """The strategy that the command line asks for, else the file, else the default. ValueError where the two differ."""
+    in_file = tree.get("strategy")
+    if asked is not None and in_file is not None and asked != in_file:
+        raise ValueError(
+            f"strategy={asked} on the command line, but {name} says strategy: {in_file}, and its keys lie over those "
+            "of a strategy; take the key out of the file, and what belongs to that strategy with it"
+        )
+    found = str(asked if asked is not None else in_file if in_file is not None else Config.strategy)
+    if found not in strategies():
+        near = difflib.get_close_matches(found, strategies(), n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"strategy={found!r} is unknown; {hint}use one of {', '.join(strategies())}")
+    return found
 
 
 def _plain(error: OmegaConfBaseException) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Dict, List, Optional
 
 from nl_model.config import LevelConfig, ModelConfig, OptimizerConfig, check_levels, in_tokens
@@ -113,7 +113,8 @@ class WakeConfig:
     """The awake phase."""
 
     batch: int = 16
-    """Sequences per wake step."""
+    """Sequences per wake step. 0, where writes=all: as many as one write on sleep.batch sequences takes, so that the
+    learner's writes are as large as the pool's, whatever the budget."""
     writes: str = "fast"
     """What the learner writes: fast (its own levels), none (it only reads, the pool learns), or all (every level, as
     one trainer on new and replayed text; the pool then trains nothing and publishes what the learner is)."""
@@ -132,8 +133,12 @@ class WakeConfig:
     a power of two, 0 for none. The online loss is reported with and without; nothing is trained on it."""
 
     def __post_init__(self) -> None:
-        at_least("wake.batch", self.batch, 1)
         one_of("wake.writes", self.writes, WRITES)
+        at_least("wake.batch", self.batch, 0)
+        if not self.batch and self.writes != "all":
+            raise ValueError(
+                f"wake.batch=0 follows sleep.batch only where wake.writes=all; wake.writes={self.writes} needs a number"
+            )
         share("wake.decay", self.decay)
         at_least("wake.trained", self.trained, 0)
         share("wake.replay", self.replay)
@@ -274,6 +279,8 @@ def _default_levels() -> Dict[str, LevelConfig]:
 class Config:
     """Everything a run is decided by. Built by pipelines.config.load.load_config from YAML and key=value overrides."""
 
+    strategy: str = "circadian"
+    """What the run does: the name of shipped keys (pipelines/config/strategies) that lie under those given here."""
     run: RunSection = field(default_factory=RunSection)
     model: ModelConfig = field(default_factory=ModelConfig)
     levels: Dict[str, LevelConfig] = field(default_factory=_default_levels)
@@ -299,6 +306,8 @@ class Config:
             raise ValueError("control.learning_rates is empty; give step sizes to try, or control.enabled=false")
         if self.run.deterministic:
             self.when.check_deterministic()
+        if not self.wake.batch:
+            object.__setattr__(self, "wake", replace(self.wake, batch=self._read_per_write()))
         step_tokens = self.wake.batch * self.model.context
         # From here on every period counts tokens.
         object.__setattr__(self, "levels", in_tokens(self.levels, step_tokens))
@@ -313,3 +322,11 @@ class Config:
         self.sleep.check_on_policy(self.model.context, self.pool.zero_stage)
         if self.base.checkpoint is None and self.base.tokens == 0 and self.base.sources:
             raise ValueError("base.tokens=0 leaves base.sources unused; drop them or give base.tokens")
+
+    def _read_per_write(self) -> int:
+        """Sequences that are read while `sleep.batch` are trained on: no more than that, and periods are multiples."""
+        trained = max(1.0, self.sleep.epochs or self.wake.trained)
+        most = max(1, int(self.sleep.batch / trained))
+        periods = [level.period for level in self.levels.values() if level.unit == "tokens"]
+        fits = [n for n in range(1, most + 1) if not any(period % (n * self.model.context) for period in periods)]
+        return max(fits, default=1)

@@ -39,7 +39,8 @@ from pipelines.sleep.guides import StoredGuides, write_guides
 from pipelines.sleep.judged import judge_candidate
 from pipelines.sleep.plan import RoundPlan
 from pipelines.sleep.round import Candidate, DreamShare, Pinned, Resume, Task, Weights, run_round
-from pipelines.sleep.training import ALONE, Objective, Place, Progress, train
+from pipelines.sleep.training import ALONE, Place, Progress, train
+from pipelines.wake.hooks import Hook
 from pipelines.wake.learner import Checkpoint, Learner
 from pipelines.wake.report import LearnerReport
 from pipelines.wake.writes import learner_writes
@@ -179,8 +180,8 @@ class LocalParts:
     data: Setting
     base: Optional[Weights] = None
     """Weights of release 0 by parameter name; None: pretrain them."""
-    wrap: Callable[[Objective], Objective] = lambda objective: objective
-    """What an opponent adds to the objective, where the learner trains every level."""
+    hook: Optional[Hook] = None
+    """What an opponent adds to training, where the learner trains every level."""
     releases: Dict[int, HeldRelease] = field(default_factory=dict)
     made: Dict[int, _Made] = field(default_factory=dict)
     """Candidates by the attempt that made them."""
@@ -230,7 +231,7 @@ class LocalParts:
 
     def restore(self) -> LearnerReport:
         """A new learner at its newest checkpoint."""
-        self.learner = Learner(self.cfg, self.data, self.memory, self.wrap)
+        self.learner = Learner(self.cfg, self.data, self.memory, self.hook)
         return self.learner.restore()
 
     def advance(self, steps: int, until: Optional[int]) -> LearnerReport:

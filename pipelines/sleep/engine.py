@@ -13,6 +13,7 @@ from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Proto
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from nl_model.config import OptimizerConfig
 from nl_model.model import NestedLM
@@ -108,6 +109,7 @@ class LocalEngine:
         passes: passes per step.
         frozen: names of parameters to leave as they are.
         state: what to take the moments from; its weights are the caller's to load into the model.
+        extra: parameters that train beside the model's, by names of their own; they are no weights of the model.
     """
 
     def __init__(
@@ -117,12 +119,13 @@ class LocalEngine:
         passes: int = 1,
         frozen: Iterable[str] = (),
         state: Optional[TrainingState] = None,
+        extra: Optional[Mapping[str, Parameter]] = None,
     ) -> None:
         kept = set(frozen)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in kept)
         self.model, self.clip, self.passes = model, optimizer.clip, passes
-        self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.trained = {**{n: p for n, p in model.named_parameters() if p.requires_grad}, **(extra or {})}
         self.optimizer = build_optimizer(list(self.trained.values()), optimizer, model)
         if state is not None:
             self.load_moments(state)
@@ -166,6 +169,11 @@ class LocalEngine:
 
     def close(self) -> None:
         """Nothing to free."""
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Let parameters begin anew, without moments."""
+        for name in names:
+            self.optimizer.state.pop(self.trained[name], None)
 
     def load_moments(self, state: TrainingState) -> None:
         """Parameters that the state knows nothing of start with no moments."""

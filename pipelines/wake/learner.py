@@ -22,8 +22,8 @@ from pipelines.data.module import Setting
 from pipelines.data.stream import Cursor
 from pipelines.experience import DREAM_KEY, Record
 from pipelines.experience.replay import Experience
-from pipelines.sleep.training import Objective
 from pipelines.wake.awake import Awake
+from pipelines.wake.hooks import Hook
 from pipelines.wake.looks import Looks
 from pipelines.wake.online_training import OnlineTraining
 from pipelines.wake.report import PINNED, Adoption, LearnerReport, Look, Mark, StepReport
@@ -65,17 +65,11 @@ class Learner:
     """Awake phase. Calls run one after the other; `stopping` alone may be set meanwhile.
 
     Args:
-        wrap: what an opponent adds to the objective, where the learner trains every level.
+        hook: what is added to training, where the learner trains every level.
     """
 
-    def __init__(
-        self,
-        cfg: Config,
-        data: Setting,
-        host: LearnerHost,
-        wrap: Callable[[Objective], Objective] = lambda objective: objective,
-    ) -> None:
-        self.cfg, self.data, self.host, self.wrap = cfg, data, host, wrap
+    def __init__(self, cfg: Config, data: Setting, host: LearnerHost, hook: Optional[Hook] = None) -> None:
+        self.cfg, self.data, self.host, self.hook = cfg, data, host, hook
         self.period = min(level.period for level in cfg.levels.values() if level.owner == "pool")
         self.looks = Looks(cfg, data) if cfg.report.look_every else None
         self.stopping = False
@@ -90,7 +84,7 @@ class Learner:
         load_into(model, weights)
         recall = Recall(cfg.wake.recall) if cfg.wake.recall else None
         trains_all = cfg.wake.writes == "all"
-        training = OnlineTraining(model, cfg, self.host.experience, self.wrap) if trains_all else None
+        training = OnlineTraining(model, cfg, self.host.experience, self.hook) if trains_all else None
         self.awake = Awake(model, cfg, recall, training)
         self.trigger = Trigger(cfg.when, self.period, self.awake.clock)
         if found is not None:
@@ -135,14 +129,14 @@ class Learner:
                 ended = True
                 break
             cause = self.trigger.before_step(before, time.monotonic() - asked)
-            marks += [self._mark(cause)] if cause is not None else []
+            marks += self._mark_on_the_way(cause)
             steps.append(self.awake.step(batch, self._log))
             self.last_key = batch[-1].key
             self._span(batch, before)
             self.steps_since_checkpoint += 1
             looks += self._look(before)
             cause = self.trigger.after_step(before, self.awake.tokens, _loss(steps[-1]), self._distance)
-            marks += [self._mark(cause)] if cause is not None else []
+            marks += self._mark_on_the_way(cause)
             if self.steps_since_checkpoint >= self.cfg.wake.checkpoint_every:
                 self.checkpoint()
         if self.stopping:
@@ -211,6 +205,15 @@ class Learner:
         if self.looks is None or (before >= 0 and now // every == before // every):
             return []
         return [self.looks.look(self.awake, list(self.spans))]
+
+    def _mark_on_the_way(self, cause: Optional[Cause]) -> List[Mark]:
+        """A mark where a round is due, behind which the learner goes on."""
+        if cause is None:
+            return []
+        mark = self._mark(cause)
+        if self.awake.training is not None:
+            self.awake.training.boundary()
+        return [mark]
 
     def _mark(self, cause: Cause) -> Mark:
         """What is written once stays: a round may read it by now, and an adoption since then rounds it otherwise."""

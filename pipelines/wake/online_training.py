@@ -21,10 +21,10 @@ from nl_model.model import NestedLM, autocast
 from pipelines.config.schema import Config
 from pipelines.experience.replay import Experience, Replay, usable
 from pipelines.sleep.average import WeightAverage
-from pipelines.sleep.base import TrueTokens
 from pipelines.sleep.engine import HeldState, LocalEngine
 from pipelines.sleep.schedule import Schedule
 from pipelines.sleep.training import Batch, Objective, training_step
+from pipelines.wake.hooks import Hook, NoHook
 
 Note = Callable[[Tensor, Tensor], Tensor]
 """Given logits (B, T, V) and loss (B, T) of a batch, says which sequences may be learned from (B,)."""
@@ -48,19 +48,17 @@ class OnlineTraining:
     Args:
         model: float32, on its device; every parameter trains.
         experience: opens the newest version of the store.
-        hooks: what an opponent adds to the objective.
+        hook: what is added to it; it begins anew with this model.
     """
 
     def __init__(
-        self,
-        model: NestedLM,
-        cfg: Config,
-        experience: Callable[[], Experience],
-        wrap: Callable[[Objective], Objective] = lambda objective: objective,
+        self, model: NestedLM, cfg: Config, experience: Callable[[], Experience], hook: Optional[Hook] = None
     ) -> None:
-        self.model, self.cfg, self.experience, self.wrap = model, cfg, experience, wrap
+        self.model, self.cfg, self.experience, self.hook = model, cfg, experience, hook or NoHook()
         sleep = cfg.sleep
-        self.engine = LocalEngine(model, sleep.optimizer)
+        self.owed = self.hook.attach(model, cfg, experience)
+        """FLOPs spent since the last step, which the next one reports."""
+        self.engine = LocalEngine(model, sleep.optimizer, frozen=self.hook.frozen(), extra=self.hook.parameters())
         self.schedule = Schedule("constant", sleep.optimizer.lr, 0, 0, sleep.warmup)
         weights = {name: p.detach() for name, p in model.named_parameters()}
         self.average = WeightAverage(weights, sleep.average, sleep.average_every) if sleep.average else None
@@ -69,7 +67,8 @@ class OnlineTraining:
         self.replay: Optional[Tuple[int, Experience, Replay]] = None
         """What is held below a key."""
         shape = (cfg.model, cfg.levels, model.vocab_size)
-        self.full, self.forward = full_step_flops(*shape), forward_flops(*shape)
+        self.full, self.forward = float(full_step_flops(*shape)), float(forward_flops(*shape))
+        self.full += self.hook.costs(cfg, model.vocab_size).trained
 
     def step(self, new_BS: Tensor, keys_B: np.ndarray, note: Note, wait: Callable[[], None]) -> float:
         """Read new text and train on the share that is due; returns the FLOPs.
@@ -89,7 +88,8 @@ class OnlineTraining:
         # Where not all is trained on, the turn goes round: no place in a batch is favoured.
         order = (torch.arange(B) + self.steps) % B
         new_BS, keys_B, note = new_BS[order], keys_B[order.numpy()], _reordered(note, order)
-        reading = _Reading(new_BS, taken, note, self.model, self.cfg.compute.precision)
+        news = Batch(new_BS, torch.ones(B, dtype=torch.bool, device=new_BS.device), keys_B)
+        reading = _Reading(news, taken, note, self.model, self.cfg.compute.precision, self.hook)
         counts = [visits * (i + 1) // passes - visits * i // passes for i in range(passes)]
         olds = [old * (i + 1) // passes - old * i // passes for i in range(passes)]
         place = 0
@@ -97,12 +97,16 @@ class OnlineTraining:
             rows = torch.arange(place, place + count) % B
             place += count
             batch = self._batch(new_BS, keys_B, rows, number, first)
-            objective = self.wrap(reading if not i else TrueTokens())
-            self._write(batch, objective, wait if not i else _nothing)
+            self._write(batch, reading if not i else _Hooked(self.hook), wait if not i else _nothing)
         if not passes:
             reading.read_only()
             wait()
-        return float(T * ((visits + old) * self.full + (B - taken) * self.forward))
+        flops, self.owed = self.owed + T * ((visits + old) * self.full + (B - taken) * self.forward), 0.0
+        return flops
+
+    def boundary(self) -> None:
+        """A mark was pinned."""
+        self.owed += self.hook.boundary(self.engine)
 
     def _take(self, B: int) -> Tuple[int, int]:
         """New and replayed sequences to train on now: exact over time for any budget and share."""
@@ -142,6 +146,7 @@ class OnlineTraining:
         engine = _WhenDurable(self.engine, wait)
         training_step(engine, objective, self.steps, batch, self.schedule.lr(self.steps), self.cfg.compute.precision)
         self.steps += 1
+        self.hook.after_step(self.steps)
         if self.average is not None:
             self.average.after_step(self.engine, self.steps)
 
@@ -152,13 +157,15 @@ class OnlineTraining:
                 self.average.weights[name] += delta.cpu()
 
     def state(self) -> Dict[str, Tensor]:
-        """Moments, counters and average as named tensors; the weights are the caller's."""
+        """Moments, counters, average and the hook's things as named tensors; the weights are the caller's."""
         held = HeldState(dict(self.engine.state(weights=False)), self.engine.counters())
         found = {f"{PREFIX}moment/{name}": tensor for name, tensor in held.tensors.items()}
         found.update({f"{PREFIX}counter/{n}": torch.tensor(v, dtype=torch.float64) for n, v in held.counters.items()})
         if self.average is not None:
             found.update({f"{PREFIX}average/{n}": t for n, t in self.average.weights.items()})
-        found[f"{PREFIX}due"] = torch.tensor([self.steps, self.trained, self.fresh], dtype=torch.float64)
+        found.update({f"{PREFIX}hook/{n}": t for n, t in self.hook.state().items()})
+        due = [self.steps, self.trained, self.fresh, self.owed]
+        found[f"{PREFIX}due"] = torch.tensor(due, dtype=torch.float64)
         return found
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
@@ -172,7 +179,8 @@ class OnlineTraining:
         self.engine.load_moments(held)
         if self.average is not None:
             self.average.weights = {name: t.clone() for name, t in below("average").items()}
-        steps, self.trained, self.fresh = tensors[f"{PREFIX}due"].tolist()
+        self.hook.load_state(below("hook"))
+        steps, self.trained, self.fresh, self.owed = tensors[f"{PREFIX}due"].tolist()
         self.steps = int(steps)
 
 
@@ -186,43 +194,60 @@ def _reordered(note: Note, order: Tensor) -> Note:
     return told
 
 
-class _Reading:
+class _Hooked:
+    """The objective of text that was scored before: the loss of its tokens, and what the hook makes of it."""
+
+    def __init__(self, hook: Hook) -> None:
+        self.hook = hook
+
+    def loss(self, step: int, forward: Callable[[Tensor], Tensor], batch: Batch) -> Tuple[Tensor, Dict[str, Tensor]]:
+        """Mean loss in nats per token."""
+        return self._of(forward(batch.tokens_BS[:, :-1]), batch), {}
+
+    def _of(self, logits_BTV: Tensor, batch: Batch) -> Tensor:
+        nll_BT = token_nll(logits_BTV, batch.tokens_BS[:, 1:])
+        loss, penalty = self.hook.loss(nll_BT, logits_BTV, batch).mean(), self.hook.penalty()
+        return loss if penalty is None else loss + penalty
+
+
+class _Reading(_Hooked):
     """The objective of a step's first pass: it scores all new text, those sequences that it does not train on as
     well."""
 
-    def __init__(self, new_BS: Tensor, taken: int, note: Note, model: NestedLM, precision: str) -> None:
-        self.new_BS, self.taken, self.note = new_BS, taken, note
-        self.model, self.precision = model, precision
+    def __init__(self, news: Batch, taken: int, note: Note, model: NestedLM, precision: str, hook: Hook) -> None:
+        super().__init__(hook)
+        self.news, self.taken, self.note, self.model, self.precision = news, taken, note, model, precision
 
     def loss(self, step: int, forward: Callable[[Tensor], Tensor], batch: Batch) -> Tuple[Tensor, Dict[str, Tensor]]:
         """Mean loss in nats per token of what is finite; new text is told of before."""
-        tokens_BS, taken = batch.tokens_BS, self.taken
-        logits_BTV = forward(tokens_BS[:, :-1])
-        nll_BT = token_nll(logits_BTV, tokens_BS[:, 1:])
-        finite_B = self._tell(logits_BTV[:taken].detach(), nll_BT[:taken].detach())
-        sound_B = torch.ones(len(tokens_BS), dtype=torch.bool)
+        taken, logits_BTV = self.taken, forward(batch.tokens_BS[:, :-1])
+        finite_B = self._tell(logits_BTV[:taken].detach())
+        sound_B = torch.ones(len(batch.tokens_BS), dtype=torch.bool)
         sound_B[:taken] = finite_B[:taken]
-        if not sound_B.all():
-            # A zero gradient into a row that is not finite comes out of its backward pass as NaN for everyone.
-            kept_BS = tokens_BS[sound_B.to(tokens_BS.device)]
-            if not len(kept_BS):
-                return 0.0 * sum(p.sum() for p in self.model.parameters()), {}  # type: ignore[return-value]
-            nll_BT = token_nll(forward(kept_BS[:, :-1]), kept_BS[:, 1:])
-        return nll_BT.mean(), {}
+        if sound_B.all():
+            return self._of(logits_BTV, batch), {}
+        # A zero gradient into a row that is not finite comes out of its backward pass as NaN for everyone.
+        mask_B = sound_B.to(batch.tokens_BS.device)
+        kept = Batch(batch.tokens_BS[mask_B], batch.recent_B[mask_B], batch.keys_B[sound_B.numpy()])
+        if not len(kept.tokens_BS):
+            nothing: Tensor = 0.0 * sum(p.sum() for p in self.model.parameters() if p.requires_grad)  # type: ignore[assignment]
+            return nothing, {}
+        return self._of(forward(kept.tokens_BS[:, :-1]), kept), {}
 
     def read_only(self) -> None:
         """Score all new text without training on any."""
-        self._tell(None, None)
+        self._tell(None)
 
-    def _tell(self, logits_BTV: Optional[Tensor], nll_BT: Optional[Tensor]) -> Tensor:
-        rest_BS = self.new_BS[self.taken :] if nll_BT is not None else self.new_BS
+    def _tell(self, logits_BTV: Optional[Tensor]) -> Tensor:
+        """Tell of the loss of all new text, of which the first `taken` sequences have logits already."""
+        rest_BS = self.news.tokens_BS[self.taken :] if logits_BTV is not None else self.news.tokens_BS
         logits: List[Tensor] = [] if logits_BTV is None else [logits_BTV]
-        losses: List[Tensor] = [] if nll_BT is None else [nll_BT]
         if len(rest_BS):
             with torch.no_grad(), autocast(rest_BS.device, self.precision):
                 logits.append(self.model(rest_BS[:, :-1]))
-            losses.append(token_nll(logits[-1], rest_BS[:, 1:]))
-        return self.note(torch.cat(logits), torch.cat(losses))
+        all_BTV = torch.cat(logits)
+        self.hook.scored(self.news, all_BTV)
+        return self.note(all_BTV, token_nll(all_BTV, self.news.tokens_BS[:, 1:]))
 
 
 class _WhenDurable:

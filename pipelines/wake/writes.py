@@ -10,6 +10,9 @@ from torch import Tensor
 from nl_model.flops import forward_flops, full_step_flops, wake_step_flops
 from nl_model.levelled import Levelled
 from pipelines.config.schema import Config
+from pipelines.wake.hooks import HookCosts
+
+NOTHING = HookCosts()
 
 
 def learner_writes(model: Levelled, cfg: Config) -> List[str]:
@@ -28,34 +31,49 @@ def held_parameters(model: Levelled, cfg: Config) -> Dict[str, Tensor]:
     return {name: state[name].detach().clone() for name in learner_writes(model, cfg)}
 
 
-def wake_flops(cfg: Config, vocab_size: int) -> float:
-    """FLOPs of the learner per streamed token, on average: reading, and whatever it trains."""
-    wake, shape = cfg.wake, (cfg.model, cfg.levels, vocab_size)
+def wake_flops(cfg: Config, vocab_size: int, costs: HookCosts = NOTHING) -> float:
+    """FLOPs per streamed token of a learner: it reads, writes its own levels, or trains all of them.
+
+    Args:
+        costs: of what is added to training (writes=all).
+    """
+    shape, wake = (cfg.model, cfg.levels, vocab_size), cfg.wake
     if wake.writes == "fast":
         return float(wake_step_flops(*shape))
     if wake.writes == "none":
         return float(forward_flops(*shape))
-    read_only = max(0.0, 1.0 - wake.trained * (1.0 - wake.replay))
-    return wake.trained * full_step_flops(*shape) + read_only * forward_flops(*shape)
+    unread = max(0.0, 1.0 - wake.trained * (1.0 - wake.replay))  # what is trained on is read with it
+    return wake.trained * (full_step_flops(*shape) + costs.trained) + unread * forward_flops(*shape) + costs.streamed
 
 
-def with_budget(cfg: Config, vocab_size: int) -> Config:
+def pool_flops(cfg: Config, vocab_size: int) -> float:
+    """FLOPs per token that a round trains on: a full step, and a pass of the guide whose text it is."""
+    sleep, shape = cfg.sleep, (cfg.model, cfg.levels, vocab_size)
+    guided = sleep.recent * bool(sleep.teacher) + (1.0 - sleep.recent) * bool(sleep.anchor)
+    return full_step_flops(*shape) + guided * forward_flops(*shape)
+
+
+def with_budget(cfg: Config, vocab_size: int, costs: HookCosts = NOTHING) -> Config:
     """The configuration with `sleep.epochs` spread over wake and sleep: the same FLOPs for every strategy.
 
     So many full training steps per streamed token are spent in all: reading the stream comes first, the rest is trained
-    on, by the pool (`sleep.tokens_per_token`), or by the learner where it trains every level (`wake.trained`).
+    on, by the pool (`sleep.tokens_per_token`), or by the learner where it trains every level (`wake.trained`). The gate
+    costs every strategy the same and comes on top; so do dreams and on-policy steps, whose cost no plan knows.
+
+    Args:
+        costs: of what is added to the learner's training; there is less of it then.
     """
     wake, sleep, shape = cfg.wake, cfg.sleep, (cfg.model, cfg.levels, vocab_size)
     if wake.writes == "all":
         sleep = replace(sleep, tokens_per_token=0.0)
     if not sleep.epochs:
         return replace(cfg, sleep=sleep)
-    full, forward = full_step_flops(*shape), forward_flops(*shape)
+    full, forward = float(full_step_flops(*shape)), float(forward_flops(*shape))
     if wake.writes != "all":
-        left = max(0.0, sleep.epochs - wake_flops(cfg, vocab_size) / full)
+        left = max(0.0, sleep.epochs * full - wake_flops(cfg, vocab_size)) / pool_flops(cfg, vocab_size)
         return replace(cfg, sleep=replace(sleep, tokens_per_token=left, epochs=0.0))
-    new = 1.0 - wake.replay
-    trained = sleep.epochs
+    new, step, budget = 1.0 - wake.replay, full + costs.trained, sleep.epochs * full - costs.streamed
+    trained = budget / step
     if new * trained < 1.0:  # some text is only read, which costs a forward pass; what is trained on is read with it
-        trained = max(0.0, (sleep.epochs * full - forward) / (full - new * forward))
-    return replace(cfg, wake=replace(wake, trained=trained), sleep=replace(sleep, epochs=0.0))
+        trained = (budget - forward) / (step - new * forward)
+    return replace(cfg, wake=replace(wake, trained=max(0.0, trained)), sleep=replace(sleep, epochs=0.0))

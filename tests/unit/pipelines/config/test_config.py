@@ -79,7 +79,7 @@ def test_levels_of_a_file_replace_the_default_ones(write: Callable[[str], str]) 
         ("half_lif=3", r"unknown key 'half_lif'; did you mean 'sleep\.half_life'\?"),
         ("levels.fast.perid=3", r"unknown key 'levels\.fast\.perid'; did you mean 'levels\.fast\.period'\?"),
         ("sleep.optimizer.lrr=3", r"unknown key 'sleep\.optimizer\.lrr'; did you mean 'sleep\.optimizer\.lr'\?"),
-        ("gate.zzz=1", r"unknown key 'gate\.zzz'; known here: max_forgetting, budgets, max_drift"),
+        ("gate.zzz=1", r"unknown key 'gate\.zzz'; known here: sequences, max_forgetting, budgets, max_drift"),
     ],
 )
 def test_unknown_keys_get_a_suggestion(write: Callable[[str], str], override: str, message: str) -> None:

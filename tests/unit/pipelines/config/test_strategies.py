@@ -1,0 +1,74 @@
+"""Strategies: names for keys that lie over what is shipped and under what a user gives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipelines.config.load import differences, load_config, strategies, to_yaml
+
+
+@pytest.mark.parametrize("preset", ["", "micro"])
+@pytest.mark.parametrize("strategy", strategies())
+def test_a_strategy_is_valid_at_every_size_and_is_read_back_equal(strategy: str, preset: str, tmp_path: Path) -> None:
+    found = load_config("default", [f"strategy={strategy}"], preset)
+    assert found.strategy == strategy
+    path = tmp_path / "resolved.yaml"
+    path.write_text(to_yaml(found))
+    assert load_config(str(path)) == found and load_config(str(path), [f"strategy={strategy}"]) == found
+
+
+def test_the_default_strategy_is_the_defaults() -> None:
+    assert load_config("smoke", ["strategy=circadian"]) == load_config("smoke")
+    assert {"circadian", "replay", "naive", "reading"} <= set(strategies())
+
+
+def test_a_strategy_lies_over_what_is_shipped_and_under_what_a_user_gives(tmp_path: Path) -> None:
+    replay = load_config("default", ["strategy=replay", "sleep.batch=4", "wake.trained=2"], "micro")
+    assert (replay.wake.writes, replay.wake.replay, replay.dreams.share) == ("all", 0.65, 0.0)
+    assert replay.wake.batch == 2, "two sequences are read while four are trained on; the preset says eight"
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("strategy: replay\nwake: {replay: 0.5, batch: 8}\nmodel: {dim: 6, heads: 1}\n")
+    for overrides in ([], ["strategy=replay"]):
+        found = load_config(str(mine), overrides)
+        assert (found.wake.writes, found.wake.replay, found.wake.batch) == ("all", 0.5, 8)
+    assert load_config(str(mine), ["wake.replay=0.25"]).wake.replay == 0.25
+    assert load_config(str(mine), [], "micro").wake.replay == 0.5
+
+
+def test_writes_are_as_large_as_the_pools_at_every_budget() -> None:
+    for epochs, batch in ((0.5, 4), (1.0, 4), (2.0, 2), (3.0, 1), (4.0, 1), (9.0, 1)):
+        found = load_config("default", ["strategy=replay", f"sleep.epochs={epochs}"], "micro")
+        assert found.wake.batch == batch
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["strategy=replya"], r"strategy='replya' is unknown; did you mean 'replay'\? use one of circadian"),
+        (["strategy=xyz"], "strategy='xyz' is unknown; use one of circadian, cold_rounds"),
+        (["wake.batch=0"], r"wake\.batch=0 follows sleep\.batch only where wake\.writes=all; wake\.writes=fast needs"),
+        (["strategy.wake=1"], "strategy is a single value"),
+    ],
+)
+def test_what_cannot_be_is_named(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_config("smoke", overrides)
+
+
+def test_a_file_of_another_strategy_is_not_half_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "resolved.yaml"
+    path.write_text(to_yaml(load_config("smoke")))
+    with pytest.raises(ValueError, match=r"strategy=replay on the command line, but .* says strategy: circadian"):
+        load_config(str(path), ["strategy=replay"])
+
+
+@pytest.mark.parametrize("name", [name for name in strategies() if name.startswith(("no_", "cold_"))])
+def test_an_ablation_changes_its_section_alone(name: str) -> None:
+    changed = {
+        key.split(".")[0] for key, _, _ in differences(load_config("smoke"), load_config("smoke", [f"strategy={name}"]))
+    }
+    assert changed <= {"strategy", "sleep", "dreams"}
+    assert replace(load_config("smoke", [f"strategy={name}"]), strategy="x").wake == load_config("smoke").wake
