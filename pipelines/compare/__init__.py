@@ -1,1 +1,1 @@
-"""Fair comparison of ways to learn a stream: equal FLOPs, equal stored bytes, one base, one process, no Ray."""
+"""Strategies and opponents on simulated runs, at equal FLOPs and stored bytes: trials, tuning, statistics, pages."""

@@ -1,4 +1,5 @@
-"""Opponents as hooks on online training: each does what its paper says, costs what it claims, and resumes to the bit."""
+"""Opponents as hooks on online training: each does what its paper says, costs what it claims, and resumes to the
+bit."""
 
 from __future__ import annotations
 
