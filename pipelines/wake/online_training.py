@@ -90,7 +90,8 @@ class OnlineTraining:
         new_BS, keys_B, note = new_BS[order], keys_B[order.numpy()], _reordered(note, order)
         news = Batch(new_BS, torch.ones(B, dtype=torch.bool, device=new_BS.device), keys_B)
         reading = _Reading(news, taken, note, self.model, self.cfg.compute.precision, self.hook)
-        counts = [visits * (i + 1) // passes - visits * i // passes for i in range(passes)]
+        # The first pass takes all that it can: what it does not train on it has to read for the score alone.
+        counts = [min(B, visits - i * B) for i in range(passes)]
         olds = [old * (i + 1) // passes - old * i // passes for i in range(passes)]
         place = 0
         for i, (count, number) in enumerate(zip(counts, olds, strict=True)):
