@@ -99,34 +99,34 @@ def report(run_dir: Path = typer.Argument(..., help="A run directory.")) -> None
 def compare(
     arguments: Optional[List[str]] = ARGUMENTS,
     methods: str = typer.Option(
-        "circadian,naive,joint,replay_25,replay_50",
-        help="Names, families_*, all; NAME:KEY=VALUE:... changes settings of a method.",
+        "circadian,replay,naive,joint",
+        help="Names, families_*, all; NAME:KEY=VALUE:... changes keys of the configuration, hook.KEY of the hook.",
     ),
     seeds: str = typer.Option("0,1,2", help="Seeds of base, batches and replay."),
     orders: str = typer.Option("A,reverse", help="A (as configured), reverse, random-N."),
-    regimes: str = typer.Option(
-        "whole",
-        help="whole; cap5, cap1 (store, % of the stream); sleep50, sleep25, sleep10 (fewer FLOPs: % for sleep).",
-    ),
+    regimes: str = typer.Option("whole", help="What replay may hold: whole; cap5, cap1 (% of the stream's bytes)."),
     preset: str = typer.Option("micro", help="Sizes: micro (hours on two cores), small or base (GPU), none."),
-    grid: str = typer.Option("1e-3,2e-3,4e-3,8e-3", help="Step sizes that every method is tuned over."),
+    grid: str = typer.Option("1e-3,2e-3,4e-3", help="Step sizes that every method is tuned over; widened at an edge."),
     tuned_in: str = typer.Option("whole", help="The regime that methods are tuned in."),
     settings: Optional[Path] = typer.Option(None, help="An earlier outcome whose tuning counts here as well."),
-    epochs: float = typer.Option(2.0, help="Total FLOPs, in plain epochs of the stream."),
-    scratch: bool = typer.Option(False, help="Start from random weights instead of a base."),
+    epochs: float = typer.Option(2.0, help="FLOPs in full training steps per token of the stream (sleep.epochs)."),
+    clock: str = typer.Option(
+        "fixed", help="fixed: releases come one period late. speeds: when simulated time has it."
+    ),
     work: Path = typer.Option(Path("runs/compare"), help="Where finished trials are kept; they are not run again."),
     out: Path = typer.Option(Path("compare.json"), help="The outcome; its page and pictures go beside it."),
 ) -> None:
-    """Compare methods on a stream at equal FLOPs and stored bytes. The same command continues what was cut off."""
-    from pipelines.compare.material import stream_of_folder  # noqa: PLC0415
-    from pipelines.compare.names import names  # noqa: PLC0415
+    """Compare strategies and opponents on what `run` executes, at equal FLOPs. The same command continues."""
+    name, overrides = split_arguments(arguments)
+    sizes = "" if preset == "none" else preset
+    load_config(name, overrides, sizes)
+    from cluster.compare import compare as run_comparison  # noqa: PLC0415 (torch takes seconds to load)
+    from cluster.compare import numbers  # noqa: PLC0415
+    from pipelines.compare.data import stream_of_folder  # noqa: PLC0415
+    from pipelines.compare.methods import names  # noqa: PLC0415
     from pipelines.compare.options import Options  # noqa: PLC0415
 
-    name, overrides = split_arguments(arguments)
-    cfg = load_config(name, stream_of_folder(overrides), "" if preset == "none" else preset)
-    from cluster.compare import compare as run_comparison  # noqa: PLC0415
-    from cluster.compare import numbers  # noqa: PLC0415
-
+    given = stream_of_folder(overrides)
     options = Options(
         methods=tuple(dict.fromkeys(names(methods))),
         seeds=tuple(int(n) for n in numbers(seeds, "--seeds")),
@@ -135,9 +135,9 @@ def compare(
         tuned_in=tuned_in,
         grid=numbers(grid, "--grid"),
         epochs=epochs,
-        scratch=scratch,
+        clock=clock,
     )
-    run_comparison(cfg, options, work, out, Console(), settings)
+    run_comparison(lambda more: load_config(name, [*given, *more], sizes), options, work, out, Console(), settings)
 
 
 @app.command()

@@ -14,9 +14,9 @@ from rich.console import Console
 from nl_model.weights import write_durably
 from pipelines.compare.figures import write_figures
 from pipelines.compare.options import Options
-from pipelines.compare.outcome import build_outcome, page
-from pipelines.compare.runner import Chosen, Comparison, read_chosen
-from pipelines.config.schema import Config
+from pipelines.compare.outcome import build_outcome
+from pipelines.compare.page import page
+from pipelines.compare.runner import Chosen, Comparison, Load, read_chosen
 
 
 def numbers(given: str, key: str) -> Tuple[float, ...]:
@@ -33,7 +33,7 @@ def command_line() -> str:
 
 
 def chosen_before(path: Path) -> Dict[str, Chosen]:
-    """Step sizes and variants out of an earlier outcome; ValueError where the file is none."""
+    """Step sizes out of an earlier outcome; ValueError where the file is none."""
     try:
         return read_chosen(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -41,27 +41,28 @@ def chosen_before(path: Path) -> Dict[str, Chosen]:
 
 
 def compare(
-    cfg: Config, options: Options, work: Path, out: Path, console: Console, settings: Optional[Path] = None
+    load: Load, options: Options, work: Path, out: Path, console: Console, settings: Optional[Path] = None
 ) -> None:
     """Run what is not done yet, then write `out` (JSON), its page (.md) and its pictures (.png) beside it.
 
-    settings: an earlier outcome; methods that it has tuned keep step size and variant. ValueError where it is none.
+    Args:
+        load: the configuration with overrides laid over it.
+        settings: an earlier outcome; methods that it has tuned keep their step size. ValueError where it is none.
     """
     import torch  # noqa: PLC0415 (seconds that a wrong option should not cost)
 
-    torch.set_num_threads(cfg.compute.threads)
     start = time.monotonic()
     frozen = chosen_before(settings) if settings else {}
 
     def report(what: str, done: int, planned: int, result: Dict[str, Any]) -> None:
-        figures = f"mean {result['mean_final_bpb']:.3f} learning {result['learning']:.3f}"
-        console.print(
-            f"{done:4d}/{planned} {what}: {figures} forgetting {result['forgetting']:+.3f} ({result['seconds']:.0f} s)",
-            highlight=False,
-            markup=False,
-        )
+        area = f" area {result['area_bpb']:.3f} gap {result['gap_bpb']:+.3f}" if "area_bpb" in result else ""
+        steps = f"{result['steps_per_token']['total']:.2f} steps per token"
+        text = f"final {result['final_bpb']:.3f}{area}, {steps} ({result['seconds']:.0f} s)"
+        console.print(f"{done:4d}/{planned} {what}: {text}", highlight=False, markup=False, soft_wrap=True)
 
-    comparison = Comparison(cfg, options, work, report, frozen)
+    comparison = Comparison(load, options, work, report, frozen)
+    cfg = comparison.cfg
+    torch.set_num_threads(cfg.compute.threads)
     chosen, results = comparison.run()
     outcome = build_outcome(options, chosen, results, command_line())
     outcome["tuning"]["taken_from"] = settings.name if settings else None
@@ -72,5 +73,5 @@ def compare(
     text = page(outcome)
     write_durably(out.with_suffix(".md"), text.encode())
     pictures: List[Path] = write_figures(outcome, out)
-    console.print(text, markup=False, highlight=False)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
     console.print(f"{out}, {out.with_suffix('.md')}, {len(pictures)} pictures; {time.monotonic() - start:.0f} s")

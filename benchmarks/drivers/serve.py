@@ -34,7 +34,10 @@ def autocast(asked: Settings) -> AbstractContextManager[None]:
 
 
 def adamw(model: nn.Module) -> Callable[[Tensor], None]:
-    """Backward pass, clipping and write of a training step."""
+    """Backward pass, clipping and write of a peer's training step.
+
+    A step of its own, not the run's: a peer's environment holds nothing of this project, and its package is measured.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
 
     def learn(loss: Tensor) -> None:

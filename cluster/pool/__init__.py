@@ -1,0 +1,1 @@
+"""The consolidation pool: DeepSpeed ranks that train and judge candidates together."""

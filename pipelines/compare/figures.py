@@ -1,4 +1,5 @@
-"""The pictures of a comparison: learning against forgetting, loss along the stream, matrices."""
+"""The pictures of a comparison: learning against forgetting, the served model and the online loss along the stream,
+matrices."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any, List, Mapping
 import numpy as np
 from matplotlib.figure import Figure
 
-from pipelines.compare.names import CHANGE
+from pipelines.compare.methods import CHANGE
 from pipelines.report.plots import COLOURS, DASHES, INK, save
 
 COLUMNS = 4
@@ -17,7 +18,7 @@ COLUMNS = 4
 def write_figures(outcome: Mapping[str, Any], path: Path) -> List[Path]:
     """Draw everything beside the JSON at `path`; returns the PNG paths."""
     stem, written = path.with_suffix(""), []
-    for kind, draw in (("pareto", pareto), ("online", online), ("matrix", matrices)):
+    for kind, draw in (("pareto", pareto), ("anytime", anytime), ("online", online), ("matrix", matrices)):
         for regime, found in outcome["regimes"].items():
             written.append(save(draw(found, regime), stem.with_name(f"{stem.name}-{regime}-{kind}.png")))
     return written
@@ -39,38 +40,50 @@ def pareto(found: Mapping[str, Any], regime: str) -> Figure:
     return figure
 
 
+def anytime(found: Mapping[str, Any], regime: str) -> Figure:
+    """The served model along the stream, over the sources seen so far."""
+    return _along(found, "looks", "bits per byte over the sources seen", f"The served model along the stream, {regime}")
+
+
 def online(found: Mapping[str, Any], regime: str) -> Figure:
-    """Loss before learning along the stream, mean over trials of the first order."""
+    """Loss before learning along the stream, weights alone."""
+    return _along(found, "curve", "bits per byte, before learning", f"Online loss of the weights alone, {regime}")
+
+
+def _along(found: Mapping[str, Any], key: str, label: str, title: str) -> Figure:
+    """A series of (tokens, value, ...) of every method, mean over trials of the first order."""
     figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
     for i, (name, trials) in enumerate(found["trials"].items()):
-        same = [t["curve"] for t in trials if t["order"] == trials[0]["order"] and t["curve"]]
+        same = [t[key] for t in trials if t["order"] == trials[0]["order"] and t[key]]
         if not same:
             continue
         x = [point[0] for point in same[0]]
-        y = np.mean([[point[1] for point in curve] for curve in same if len(curve) == len(x)], axis=0)
+        y = np.mean([[point[1] for point in points] for points in same if len(points) == len(x)], axis=0)
         style = DASHES[i // len(COLOURS) % len(DASHES)]
         axes.plot(x, y, style, color=COLOURS[i % len(COLOURS)], label=name, lw=2.2 if name == "circadian" else 1.1)
     axes.set_xlabel("tokens of the stream")
-    axes.set_ylabel("bits per byte, before learning")
-    recalled = " (circadian with recall)" if found.get("recalled_bpb") else ""
-    axes.set_title(f"Online loss, as each method reads{recalled}, {regime}", loc="left")
-    axes.legend(fontsize=8, ncols=2)
+    axes.set_ylabel(label)
+    axes.set_title(title, loc="left")
+    if axes.lines:
+        axes.legend(fontsize=8, ncols=2)
     axes.grid(alpha=0.3)
     return figure
 
 
 def matrices(found: Mapping[str, Any], regime: str) -> Figure:
-    """R[k][i] of every method, mean over the seeds of its first order."""
-    names = list(found["trials"])
-    rows = -(-len(names) // COLUMNS)
+    """R[k][i] of every method that releases, mean over the seeds of its first order."""
+    names = [name for name, trials in found["trials"].items() if trials[0]["matrix"]]
+    rows = max(1, -(-len(names) // COLUMNS))
     figure = Figure(figsize=(3.2 * COLUMNS, 2.6 * rows), layout="constrained")
     grid = np.atleast_2d(figure.subplots(rows, COLUMNS, squeeze=False))
     for axes in grid.flat:
         axes.set_axis_off()
     for axes, name in zip(grid.flat, names, strict=False):
         trials = [t for t in found["trials"][name] if t["order"] == found["trials"][name][0]["order"]]
-        mean = np.mean([t["matrix"] for t in trials], axis=0)
+        first = np.array(trials[0]["matrix"])
+        # Rejections differ by seed: a mean is taken over those with as many releases.
+        mean = np.mean([t["matrix"] for t in trials if np.shape(t["matrix"]) == first.shape], axis=0)
         axes.set_axis_on()
         axes.imshow(mean, cmap="viridis", vmin=2, vmax=7, aspect="auto")
         axes.set_xticks(range(mean.shape[1]), trials[0]["sources"], fontsize=6, rotation=30)
@@ -78,5 +91,5 @@ def matrices(found: Mapping[str, Any], regime: str) -> Figure:
         axes.set_title(name.replace(CHANGE, f"\n{CHANGE}"), fontsize=9)
         for (k, i), value in np.ndenumerate(mean):
             axes.text(i, k, f"{value:.2f}", ha="center", va="center", fontsize=6, color="white")
-    figure.suptitle(f"Bits per byte on each source (columns) after each source (rows), {regime}", fontsize=10)
+    figure.suptitle(f"Bits per byte on each source (columns) of each release (rows), {regime}", fontsize=10)
     return figure

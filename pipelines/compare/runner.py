@@ -8,21 +8,25 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Set, Tuple, TypeVar
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, Tuple, TypeVar
 
 from nl_model.model import NestedLM
-from pipelines.compare.config import METHODS, REGIMES, VARIANTS, Method
-from pipelines.compare.material import Material, load_material
-from pipelines.compare.names import head_of, is_changed, lr_of, method_of
-from pipelines.compare.options import EXTRA_RATES, Options
-from pipelines.compare.trial import WAIT, Key, Workshop
+from pipelines.compare.data import TrialData, configured_bytes
+from pipelines.compare.methods import is_changed, lends_step, lr_of, method_of
+from pipelines.compare.options import REGIMES, Options
+from pipelines.compare.trial import Trial, configure
+from pipelines.compare.trials import WAIT, Trials, digest
+from pipelines.compare.widening import widen
 from pipelines.config.schema import Config
 
-OURS, ABLATION = "circadian", "circadian_"
 Report = Callable[[str, int, int, Dict[str, Any]], None]
 """Called with (what, trials done, trials planned, the trial's result)."""
-
-
+Load = Callable[[Sequence[str]], Config]
+"""A configuration with some overrides laid over it, the strategy among them."""
+Cell = Tuple[str, str, str, int]
+"""(regime, method, order, seed)."""
+SHARED = ("run", "model", "tokenizer", "stream", "base", "compute")
+"""Sections that no method may change: text, network and base are the same for all."""
 Name = TypeVar("Name")
 Result = TypeVar("Result")
 
@@ -33,49 +37,52 @@ class BusyError(Exception):
 
 @dataclass(frozen=True)
 class Chosen:
-    """A method as tuning left it."""
+    """A step size, and how it was found."""
 
-    method: Method
-    lr: float
-    tried: List[Tuple[str, float, float]]
-    """(variant, step size, mean final bits per byte) of every tuning trial."""
+    lr: Optional[float]
+    """None: as configured."""
+    tried: Tuple[Tuple[float, float], ...] = ()
+    """(step size, final bits per byte) of every tuning trial."""
+    edge: str = ""
+    """`lowest` or `highest`, where the best step size is at that edge of all that were tried."""
 
 
 class Comparison:
     """Runs the trials that `Options` ask for.
 
     Args:
-        cfg: model, stream and sleep.
+        load: model, stream and everything that methods do not change.
         options: what to compare.
         path: folder of trials and bases; several processes may work on the same one.
-        frozen: what an earlier comparison has chosen; these methods are not tuned again.
+        frozen: step sizes that an earlier comparison has chosen; these methods are not tuned again.
     """
 
     def __init__(
-        self, cfg: Config, options: Options, path: Path, report: Report, frozen: Optional[Mapping[str, Chosen]] = None
+        self, load: Load, options: Options, path: Path, report: Report, frozen: Optional[Mapping[str, Chosen]] = None
     ) -> None:
-        self.cfg, self.options, self.report, self.frozen = cfg, options, report, frozen or {}
-        limit = round(cfg.stream.max_source_bytes * options.tuning_share)
-        shorter = replace(cfg, stream=replace(cfg.stream, max_source_bytes=limit))
-        self.shop, self.tuning_shop = Workshop(path, cfg), Workshop(path, shorter)
-        self.material: Dict[Tuple[str, bool], Material] = {}
-        self.counted: Set[Tuple[Key, bool]] = set()
-        self.extra: Set[Tuple[str, float]] = set()
+        self.options, self.report, self.frozen, self.trials = options, report, frozen or {}, Trials(path)
+        budget = f"sleep.epochs={options.epochs:g}"
+        # A name's own changes come last: they may say otherwise, and then the page's FLOPs do.
+        self.cfgs = {name: load([budget, *method_of(name).overrides()]) for name in self._named()}
+        self.cfg = next(iter(self.cfgs.values()))
+        if self.cfg.base.checkpoint is not None:
+            raise ValueError("base.checkpoint has no place in a comparison, which pretrains a base; leave it out")
+        self.data: Dict[Tuple[str, bool], TrialData] = {}
+        self.counted: Set[str] = set()
+        self.extra = 0
 
-    def run(self) -> Tuple[Dict[str, Chosen], Dict[Tuple[str, str, str, int], Dict[str, Any]]]:
-        """Tune every method, then run it everywhere; returns choices and results by (regime, method, order, seed)."""
+    def run(self) -> Tuple[Dict[str, Chosen], Dict[Cell, Dict[str, Any]]]:
+        """Tune every method, then run it everywhere; returns choices and results by cell."""
         options = self.options
-        chosen = {**self.frozen, **_work_off({name: partial(self.tune, name) for name in self._tuned()})}
+        self._check()
+        tuned = {**self.frozen, **_work_off({name: partial(self.tune, name) for name in self._tuned()})}
+        chosen = dict(tuned)
         for name in options.methods:
-            if name not in chosen:  # what changes one thing keeps the step size
-                lr = lr_of(name)
-                tuned = chosen[head_of(name)].method if head_of(name) in chosen else None
-                chosen[name] = Chosen(method_of(name, tuned), chosen[_lends_step(name)].lr if lr is None else lr, [])
-        jobs: Dict[Tuple[str, str, str, int], Callable[[], Dict[str, Any]]] = {}
-        for seed, order, regime in itertools.product(options.seeds, options.orders, options.regimes):
-            for name in options.methods:
-                key = self._key(name, chosen[name].method, chosen[name].lr, regime, order, seed)
-                jobs[regime, name, order, seed] = partial(self._result, key)
+            own = lr_of(name)
+            if own is not None or name not in tuned:
+                chosen[name] = Chosen(own) if own is not None else replace(tuned[lends_step(name)], tried=())
+        cells = itertools.product(options.regimes, options.methods, options.orders, options.seeds)
+        jobs = {cell: partial(self._result, cell, chosen[cell[1]].lr) for cell in cells}
         shown = dict.fromkeys([*options.methods, *self._tuned()])
         return {name: chosen[name] for name in shown}, _work_off(jobs)
 
@@ -84,90 +91,98 @@ class Comparison:
         """Trials done so far, those that were done before included."""
         return len(self.counted)
 
+    def _check(self) -> None:
+        """ValueError for what only a trial would find out, before any of them has cost something."""
+        for order in self.options.orders:
+            sources = self._data(order).setting.stream_sources
+            if any(REGIMES[name] for name in (*self.options.regimes, self.options.tuned_in)):
+                configured_bytes(self.cfg, len(sources))
+        for name, cfg in self.cfgs.items():
+            unlike = [section for section in SHARED if getattr(cfg, section) != getattr(self.cfg, section)]
+            if unlike:
+                raise ValueError(
+                    f"--methods: {name!r} changes the section {unlike[0]}, which all methods share; give it for all of "
+                    "them, as an override of the comparison"
+                )
+            if method_of(name).hook != "none" and cfg.wake.writes != "all":
+                raise ValueError(
+                    f"--methods: {name!r} adds something to the learner's training of every level, but "
+                    f"wake.writes={cfg.wake.writes}; use wake.writes=all"
+                )
+
+    def _named(self) -> List[str]:
+        return list(dict.fromkeys([*self.options.methods, *self._tuned()]))
+
     def _tuned(self) -> List[str]:
-        """Methods that are tuned: all but ablations and changed ones, whose step size is that of what they change."""
-        wanted = (_lends_step(name) for name in self.options.methods if lr_of(name) is None)
+        """Methods that are tuned: all but ablations and changed ones, which take the step size of what they change."""
+        wanted = (lends_step(name) for name in self.options.methods if lr_of(name) is None)
         return [name for name in dict.fromkeys(wanted) if name not in self.frozen]
 
     def tune(self, name: str) -> Chosen:
-        """The best step size on order A with the tuning seed, then the best variant of the method at it.
+        """The best step size on order A with the tuning seed, in the first part of every source.
 
-        Tuning reads the first part of every source (`Options.tuning_share`).
+        All methods have the same grid and as many trials; it widens while the best one is at an edge of it. A grid of
+        one is no question: nothing is tried.
         """
-        variants = VARIANTS.get(name, {"": METHODS[name]})
-        first = next(iter(variants))
-        tried: List[Tuple[str, float, float]] = []
+        options = self.options
+        if len(options.grid) == 1:
+            return Chosen(options.grid[0])
+        found: Dict[float, float] = {}
+        while (search := widen(options.grid, found, options.most)).next is not None:
+            if search.next not in options.grid:
+                self.extra += 1
+            cell = (options.tuned_in, name, "A", options.tuning_seed)
+            value = float(self._result(cell, search.next, tuning=True)["final_bpb"])
+            found[search.next] = value if math.isfinite(value) else math.inf
+        if search.best is None:
+            raise ValueError(f"--grid: {name} diverged at every step size tried, {sorted(found)}; give smaller ones")
+        return Chosen(search.best, tuple(sorted(found.items())), search.edge)
 
-        def final(variant: str, lr: float) -> float:
-            options = self.options
-            key = self._key(name, variants[variant], lr, options.tuned_in, "A", options.tuning_seed, tuning=True)
-            value = float(self._result(key, tuning=True)["mean_final_bpb"])
-            tried.append((variant, lr, value if math.isfinite(value) else math.inf))
-            return tried[-1][2]
-
-        found = {rate: final(first, rate) for rate in self.options.grid}
-        for _ in range(EXTRA_RATES):
-            lr = min(found, key=lambda rate: found[rate])
-            beyond = {min(found): lr / 2, max(found): lr * 2}.get(lr)
-            if beyond is None or len(self.options.grid) == 1:
-                break
-            self.extra.add((name, beyond))
-            found[beyond] = final(first, beyond)
-        lr = min(found, key=lambda rate: found[rate])
-        best = found[lr]
-        winner = first
-        for variant in list(variants)[1:]:
-            if (value := final(variant, lr)) < best:
-                winner, best = variant, value
-        return Chosen(variants[winner], lr, tried)
-
-    def _key(
-        self, name: str, method: Method, lr: float, regime: str, order: str, seed: int, tuning: bool = False
-    ) -> Key:
-        if not method.keeps_data and not REGIMES[regime].asleep:
-            regime = "whole"  # nothing is stored, so nothing changes
-        options, data = self.options, self._material(order, tuning).fingerprint
-        return Key(name, method, lr, regime, order, seed, options.epochs, options.scratch, data)
-
-    def _result(self, key: Key, tuning: bool = False) -> Dict[str, Any]:
-        shop = self.tuning_shop if tuning else self.shop
-        if (found := shop.read(key)) is None:
-            if not shop.claim(key):
-                raise BusyError(key.name)
-            found = shop.run(key, self._material(key.order, tuning))
-        if (key, tuning) in self.counted:
-            return found
-        self.counted.add((key, tuning))
-        what = f"{'tuning ' if tuning else ''}{key.name} {key.regime} {key.order} seed {key.seed} lr {key.lr:g}"
-        self.report(what, self.done, self.planned(), found)
+    def _result(self, cell: Cell, lr: Optional[float], tuning: bool = False) -> Dict[str, Any]:
+        regime, name, order, seed = cell
+        trial = self._trial(cell, lr, tuning)
+        if (found := self.trials.read(trial)) is None:
+            if not self.trials.claim(trial):
+                raise BusyError(name)
+            about = {"name": name, "lr": lr, "regime": regime, "order": order, "seed": seed}
+            found = self.trials.run(trial, about)
+        key = digest(trial)
+        if key not in self.counted:
+            self.counted.add(key)
+            step = f"lr {trial.cfg.sleep.optimizer.lr:g}"
+            what = f"{'tuning ' if tuning else ''}{name} {regime} {order} seed {seed} {step}"
+            self.report(what, self.done, self.planned(), found)
         return found
 
-    def _material(self, order: str, tuning: bool = False) -> Material:
-        shop = self.tuning_shop if tuning else self.shop
-        if (order, tuning) not in self.material:
-            self.material[order, tuning] = load_material(shop.cfg, order, self.options.scratch)
-        return self.material[order, tuning]
+    def _trial(self, cell: Cell, lr: Optional[float], tuning: bool) -> Trial:
+        regime, name, order, seed = cell
+        method, data = method_of(name), self._data(order, tuning)
+        regime = "whole" if method.joint else regime  # nothing is stored, so nothing changes
+        cfg = configure(self._sized(self.cfgs[name], tuning), method, data, regime, seed, lr)
+        return Trial(method, cfg, data, self.options.clock, self.options.looks)
+
+    def _sized(self, cfg: Config, tuning: bool) -> Config:
+        if not tuning:
+            return cfg
+        limit = round(cfg.stream.max_source_bytes * self.options.tuning_share)
+        return replace(cfg, stream=replace(cfg.stream, max_source_bytes=limit))
+
+    def _data(self, order: str, tuning: bool = False) -> TrialData:
+        if (order, tuning) not in self.data:
+            self.data[order, tuning] = TrialData.open(self._sized(self.cfg, tuning), order)
+        return self.data[order, tuning]
 
     def parameters(self) -> int:
         """Parameters of the network that all methods train."""
-        vocab = self._material(self.options.orders[0]).vocab_size
+        vocab = self._data(self.options.orders[0]).setting.tokenizer.vocab_size
         return sum(p.numel() for p in NestedLM(self.cfg.model, self.cfg.levels, vocab).parameters())
 
     def planned(self) -> int:
         """How many trials the whole comparison has, as far as tuning knows, those done included."""
         options = self.options
-        tuning = sum(len(options.grid) + len(VARIANTS.get(n, {"": 0})) - 1 for n in self._tuned())
-        return (
-            tuning
-            + len(self.extra)
-            + len(options.methods) * len(options.regimes) * len(options.orders) * len(options.seeds)
-        )
-
-
-def _lends_step(name: str) -> str:
-    """The method whose step size one takes: an ablation Circadian's, a changed one its head's, all others their own."""
-    head = head_of(name)
-    return OURS if head.startswith(ABLATION) else head
+        cells = len(options.methods) * len(options.regimes) * len(options.orders) * len(options.seeds)
+        tuning = len(options.grid) * len(self._tuned()) if len(options.grid) > 1 else 0
+        return tuning + self.extra + cells
 
 
 def _work_off(jobs: Mapping[Name, Callable[[], Result]]) -> Dict[Name, Result]:
@@ -188,14 +203,11 @@ def _work_off(jobs: Mapping[Name, Callable[[], Result]]) -> Dict[Name, Result]:
 
 
 def read_chosen(outcome: Mapping[str, Any]) -> Dict[str, Chosen]:
-    """What the comparison behind an outcome has chosen, ablations and changed methods left out (they follow others).
-
-    Circadian's own family has no variants to choose from: its settings are those of `METHODS`.
-    """
+    """Step sizes that the comparison behind an outcome has tuned."""
     found = {}
     for name, entry in outcome["tuning"]["chosen"].items():
-        if not name.startswith(ABLATION) and not is_changed(name):
-            settings = {key: value for key, value in entry["method"].items() if key != "night"}
-            method = METHODS[name] if settings["family"] == "circadian" else Method(**settings)
-            found[name] = Chosen(method, entry["lr"], [tuple(t) for t in entry["tried"]])
+        if entry["tried"] and not is_changed(name):
+            found[name] = Chosen(
+                float(entry["lr"]), tuple((float(a), float(b)) for a, b in entry["tried"]), entry["edge"]
+            )
     return found

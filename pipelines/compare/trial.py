@@ -1,179 +1,154 @@
-"""One trial: a method with its settings on one order of the stream, from the base to the last score.
+"""One trial: a method on one order of the stream, from the base to the last look, on the machine of a run.
 
-A trial is a pure function of its key; a result that is on disk already is read, not computed again.
+Nothing here trains: `LocalParts` is learner, rounds and gate of `circadian run`, and `Simulation` drives them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Dict, List, Optional
+from dataclasses import dataclass, replace
+from typing import Any, Dict, Optional
 
 import torch
 from torch import Tensor
 
+from nl_model.flops import full_step_flops
 from nl_model.model import NestedLM, resolve_device
-from nl_model.optim.levelwise import build_optimizer
-from nl_model.weights import load_tensors, save_tensors, write_durably
-from pipelines.compare.circadian import CircadianTrainer
-from pipelines.compare.config import REGIMES, Method
-from pipelines.compare.handover import PLENTY, HandoverTrainer
-from pipelines.compare.material import Material
-from pipelines.compare.meter import Meter
-from pipelines.compare.plain import JointTrainer, PlainTrainer
-from pipelines.config.load import config_hash
+from nl_model.weights import load_into
+from pipelines.compare.data import TrialData, configured_bytes
+from pipelines.compare.measure import Journal, curve, read_looks, read_online, read_rounds, read_rows
+from pipelines.compare.methods import Method
+from pipelines.compare.options import REGIMES
 from pipelines.config.schema import Config
-from pipelines.sleep.base import BaseBatches
-from pipelines.sleep.schedule import learning_rate
-
-RULES = {"plain": 4, "joint": 1, "circadian": 5}
-"""By family; raised whenever trials of the same settings come out differently than before. Older ones are not read."""
-FEW = 1
-"""Added to Circadian's where FLOPs are few: raised when only those come out differently."""
-WAIT = 2.0
-"""Seconds between two looks at what another process is doing."""
-SHARED, AWAKE = ("model", "levels", "tokenizer", "stream", "base", "sleep"), ("wake", "gate")
-"""Sections of the configuration that decide every trial, and those that decide Circadian's alone."""
+from pipelines.data.module import Setting
+from pipelines.experience.memory import MemoryStore
+from pipelines.gate.judge import Judge
+from pipelines.gate.probe import score
+from pipelines.machine.actions import End
+from pipelines.machine.local import LocalParts
+from pipelines.machine.rules import Rules
+from pipelines.machine.simulated import Simulation, Speeds
+from pipelines.sleep.base import base_records
+from pipelines.sleep.joint import train_jointly
+from pipelines.wake.hooks import HookCosts
+from pipelines.wake.writes import pool_flops, wake_flops, with_budget
 
 
 @dataclass(frozen=True)
-class Key:
-    """What decides a trial, beside configuration and data."""
+class Trial:
+    """What is done, all of it decided."""
 
-    name: str
     method: Method
-    lr: float
-    regime: str
-    order: str
-    seed: int
-    epochs: float
-    scratch: bool
-    data: str = ""
-    """Fingerprint of the text (`Material.fingerprint`)."""
-
-    def digest(self, cfg: Config) -> str:
-        """Name of the trial's file: a hash over everything that decides its result (the method's name does not)."""
-        parts = {k: v for k, v in asdict(self).items() if k != "name"}
-        sections = [*SHARED, *AWAKE]
-        if self.method.family != "circadian":
-            parts["method"] = {k: v for k, v in parts["method"].items() if k != "night"}  # of no concern to others
-            sections = [*SHARED]
-        settings = asdict(cfg)
-        few = self.epochs < PLENTY or REGIMES[self.regime].asleep > 0
-        rules = RULES[self.method.family] + FEW * (few and self.method.family == "circadian")
-        return config_hash(rules, parts, [settings[k] for k in sections])
+    cfg: Config
+    """Of the method, with its step size, seed and store; its budget is in sleep.epochs."""
+    data: TrialData
+    clock: str = "fixed"
+    looks: int = 20
 
 
-class Workshop:
-    """Where trials are done and kept: trials/, bases/ below a folder. Several processes may share it.
+def configure(cfg: Config, method: Method, data: TrialData, regime: str, seed: int, lr: Optional[float]) -> Config:
+    """The configuration of one trial out of its method's.
+
+    A store's bound is in bytes of whatever is stored: what a hook keeps beside a token leaves room for fewer tokens.
+    """
+    found = replace(
+        cfg,
+        run=replace(cfg.run, seed=seed, deterministic=True),
+        pool=replace(cfg.pool, ranks=1, zero_stage=0, bf16_weights=False),
+        control=replace(cfg.control, enabled=False),
+    )
+    if lr is not None:
+        found = replace(found, sleep=replace(found.sleep, optimizer=replace(found.sleep.optimizer, lr=lr)))
+    if share := REGIMES[regime]:
+        setting = data.setting
+        costs = method.build_hook().costs(found, setting.tokenizer.vocab_size)
+        most = share * configured_bytes(cfg, len(setting.stream_sources)) / (1.0 + costs.stored)
+        found = replace(found, sleep=replace(found.sleep, replay_bytes=max(1, int(most))))
+    return found
+
+
+def run_trial(trial: Trial, base: Dict[str, Tensor]) -> Dict[str, Any]:
+    """Do a trial; returns what it found, JSON-able.
 
     Args:
-        path: the folder.
-        cfg: model, stream, base, and settings of wake and sleep.
+        base: weights of release 0, the same for all methods of a seed.
     """
-
-    def __init__(self, path: Path, cfg: Config) -> None:
-        self.path, self.cfg = path, cfg
-        self.device = resolve_device(cfg.compute.device)
-        for name in ("trials", "bases"):
-            (path / name).mkdir(parents=True, exist_ok=True)
-
-    def read(self, key: Key) -> Optional[Dict[str, Any]]:
-        """The result of a trial that is done; None where it is not."""
-        path = self.path / "trials" / f"{key.digest(self.cfg)}.json"
-        return json.loads(path.read_text()) if path.exists() else None
-
-    def claim(self, key: Key) -> bool:
-        """Take a trial on; False where a living process of this host has it."""
-        return _claim(self.path / "trials" / f"{key.digest(self.cfg)}.claim")
-
-    def run(self, key: Key, material: Material) -> Dict[str, Any]:
-        """Do a trial and keep its result."""
-        start = time.perf_counter()
-        weights = self.base(material, key.seed, key.scratch)
-        regime, meter = REGIMES[key.regime], Meter.of(self.cfg, material.vocab_size)
-        epochs = regime.epochs(key.epochs, meter.wake / meter.full)
-        capacity = regime.stored * material.stream_bytes
-        torch.manual_seed(key.seed)
-        shared = (material, key.lr, epochs, capacity, key.seed, weights, self.device)
-        result = _trainer(key.method, *shared).run().result()
-        result.update(key={**asdict(key), "method": asdict(key.method)}, seconds=time.perf_counter() - start)
-        path = self.path / "trials" / f"{key.digest(self.cfg)}.json"
-        write_durably(path, json.dumps(result).encode())
-        path.with_suffix(".claim").unlink(missing_ok=True)
-        return result
-
-    def base(self, material: Material, seed: int, scratch: bool) -> Dict[str, Tensor]:
-        """Weights that every method of a seed starts from; pretrained once on the base mixture and cached."""
-        cfg = self.cfg
-        model = NestedLM(cfg.model, cfg.levels, material.vocab_size).reset_parameters(seed)
-        if scratch or not material.has_base:
-            return {n: p.detach() for n, p in model.named_parameters()}
-        text = hashlib.sha256(material.base.tokens_NS.tobytes()).hexdigest()
-        shape = [asdict(cfg)[k] for k in ("model", "levels", "base")] + [asdict(cfg.sleep.optimizer)]
-        path = self.path / "bases" / f"{config_hash(shape, text, seed)}.safetensors"
-        while not path.exists():
-            if _claim(path.with_suffix(".claim")):
-                self._pretrain(model.to(self.device), material, seed)
-                save_tensors(path, dict(model.named_parameters()))
-                path.with_suffix(".claim").unlink()
-            else:
-                time.sleep(WAIT)
-        return load_tensors(path)[0]
-
-    def _pretrain(self, model: NestedLM, material: Material, seed: int) -> None:
-        """All levels but the learner's, which stay neutral, on the mixture."""
-        cfg = self.cfg
-        model.train_only("pool")
-        optimizer = build_optimizer([p for p in model.parameters() if p.requires_grad], cfg.sleep.optimizer)
-        steps = cfg.base.tokens // (cfg.base.batch * cfg.model.context)
-        rows: List[Any] = list(material.base.tokens_NS)
-        order = BaseBatches([_Row(r) for r in rows], cfg.base.batch, seed)  # type: ignore[misc]
-        for step in range(steps):
-            tokens_BS = order.batch(step)[0].to(self.device)
-            model.nll(tokens_BS).mean().backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.sleep.optimizer.clip or float("inf"))
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(cfg.base.lr, step, steps)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+    start = time.perf_counter()
+    torch.manual_seed(trial.cfg.run.seed)
+    found = _joint(trial, base) if trial.method.joint else _simulated(trial, base)
+    return {**found, "sources": trial.data.setting.sources, "seconds": time.perf_counter() - start}
 
 
-def _claim(path: Path) -> bool:
-    """Make a file that names this process; False where it names another living one."""
-    try:
-        with open(path, "x", encoding="ascii") as file:
-            file.write(str(os.getpid()))
-        return True
-    except FileExistsError:
-        holder = path.read_text() or "0"
-        if Path(f"/proc/{holder}").exists() and int(holder) != os.getpid():
-            return False
-        path.write_text(str(os.getpid()))
-        return True
+def _simulated(trial: Trial, base: Dict[str, Tensor]) -> Dict[str, Any]:
+    vocab = trial.data.setting.tokenizer.vocab_size
+    hook = trial.method.build_hook()
+    costs = hook.costs(trial.cfg, vocab)
+    every = max(1, trial.data.tokens // trial.looks)
+    cfg = replace(with_budget(trial.cfg, vocab, costs), report=replace(trial.cfg.report, look_every=every))
+    if trial.clock == "speeds":
+        cfg = replace(cfg, run=replace(cfg.run, deterministic=False))
+    setting, journal = trial.data.of(cfg), Journal()
+    parts = LocalParts(setting.cfg, setting, base, hook)
+    rules = Rules.of(setting.cfg, tuple(setting.sources), tuple(setting.base_sources), wake_flops(cfg, vocab, costs))
+    run = Simulation(rules, parts, speeds(cfg, vocab, costs, trial.clock), note=journal.note)
+    ended = run.attempt()
+    if not isinstance(ended, End):
+        raise RuntimeError(f"the trial of {trial.method} came to no end: {ended}")
+    state = run.machine.state
+    awake, asleep = sum(step["flops"] for step in journal.steps), sum(r.flops for r in state.rounds)
+    return {
+        **read_looks(journal.looks),
+        **read_rows(state, setting.sources, rules.step_tokens),
+        "online_bpb": read_online(journal.steps, "bpb"),
+        "recalled_bpb": read_online(journal.steps, "recalled"),
+        "curve": curve(journal.steps),
+        "rounds": read_rounds(state.rounds),
+        "stored_bytes": _stored(cfg, setting, len(parts.store.records), costs),
+        **_flops(cfg, vocab, state.tokens, {"wake": awake, "sleep": asleep}),
+    }
 
 
-@dataclass(frozen=True)
-class _Row:
-    tokens: Any
+def speeds(cfg: Config, vocab_size: int, costs: HookCosts, clock: str) -> Speeds:
+    """How fast learner and pool are: the pool needs as long for what a period brings as the learner for the period."""
+    if clock == "fixed":  # the places of adoptions are fixed by stream position: no speed matters
+        return Speeds()
+    awake = wake_flops(cfg, vocab_size, costs)
+    asleep = cfg.sleep.tokens_per_token * pool_flops(cfg, vocab_size)
+    return Speeds(learner=awake, pool=asleep or awake, unit="flops")
 
 
-def _trainer(
-    method: Method,
-    material: Material,
-    lr: float,
-    epochs: float,
-    capacity: float,
-    seed: int,
-    weights: Dict[str, Tensor],
-    device: torch.device,
-) -> PlainTrainer | CircadianTrainer:
-    if method.family == "circadian":
-        ours = HandoverTrainer if method.night.handover else CircadianTrainer
-        return ours(material, method.night, lr, epochs, capacity, seed, weights, device)
-    kind = JointTrainer if method.family == "joint" else PlainTrainer
-    return kind(material, method, lr, epochs, capacity, seed, weights, device)
+def _stored(cfg: Config, setting: Setting, rows: int, costs: HookCosts) -> float:
+    """Most bytes of text, and of what stands beside it, that are read back: replayed text, and a round's own."""
+    context = cfg.model.context
+    past = rows * context if not cfg.sleep.replay_bytes else min(cfg.sleep.replay_bytes, rows * context)
+    if cfg.wake.writes == "all":
+        return (1.0 + costs.stored) * past if cfg.wake.replay else 0.0
+    recent = min(level.period for level in cfg.levels.values() if level.owner == "pool")
+    return float(min(past + recent, rows * context))
+
+
+def _joint(trial: Trial, base: Dict[str, Tensor]) -> Dict[str, Any]:
+    """All text at once for the same FLOPs; there is no stream, so nothing but the end is measured."""
+    cfg, data = trial.cfg, trial.data
+    setting = data.of(cfg)
+    store = MemoryStore(cfg.model.context, setting.tokenizer.dtype)
+    store.append(base_records([*data.base(cfg), *data.sequences]))
+    model = NestedLM(cfg.model, cfg.levels, setting.tokenizer.vocab_size).to(resolve_device(cfg.compute.device))
+    load_into(model, base)
+    size = cfg.sleep.batch * cfg.model.context
+    steps = round(cfg.sleep.epochs * data.tokens / size)
+    train_jointly(cfg, model, store.at(), steps)
+    final = score(model, Judge(setting.probes(), cfg).reported, setting.sources, cfg.compute.precision)
+    full = full_step_flops(cfg.model, cfg.levels, setting.tokenizer.vocab_size)
+    return {
+        "final_bpb": sum(final.values()) / len(final),
+        "worst_bpb": max(final.values()),
+        **_flops(cfg, setting.tokenizer.vocab_size, data.tokens, {"wake": 0.0, "sleep": float(steps * size * full)}),
+    }
+
+
+def _flops(cfg: Config, vocab_size: int, tokens: int, kinds: Dict[str, float]) -> Dict[str, Any]:
+    """FLOPs by kind, and in full training steps per token of the stream."""
+    kinds = {**kinds, "total": sum(kinds.values())}
+    unit = float(tokens * full_step_flops(cfg.model, cfg.levels, vocab_size))
+    return {"flops": kinds, "steps_per_token": {kind: value / unit for kind, value in kinds.items()}}

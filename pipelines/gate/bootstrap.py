@@ -1,4 +1,7 @@
-"""Intervals of differences between two models on the same probes: paired bootstrap (Efron & Tibshirani, 1993)."""
+"""Intervals by the paired bootstrap (Efron & Tibshirani, 1993): percentiles over resampled units, both sides alike.
+
+The gate's units are sequences of a probe, weighted by their bytes; a comparison's are seeds.
+"""
 
 from __future__ import annotations
 
@@ -47,11 +50,7 @@ class Changes:
         return self._interval(sum(self.means[source] for source in sources) / len(sources), replicates)
 
     def _interval(self, mean: float, replicates: np.ndarray) -> Interval:
-        if not (math.isfinite(mean) and np.isfinite(replicates).all()):
-            return Interval(mean, mean, mean)
-        tail = (1.0 - self.confidence) / 2.0
-        low, high = np.quantile(replicates, [tail, 1.0 - tail])
-        return Interval(mean, float(low), float(high))
+        return _interval(mean, replicates, self.confidence)
 
 
 def paired_changes(
@@ -78,9 +77,34 @@ def _replicates(new: Score, old: Score, samples: int, seed: Sequence[int]) -> np
     sizes = _in_blocks(np.asarray(new.bytes, dtype=np.float64))
     if not np.isfinite(differences).all():
         return np.full(samples, np.nan)
-    count = len(differences)
+    return _resampled(differences, sizes, samples, seed) / math.log(2)
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95, samples: int = 10_000, seed: int = 0) -> Interval:
+    """Mean of values over units and its interval; of one unit the interval is the mean. Give differences for pairs.
+
+    Percentiles of few units are too narrow: at three they cover 75 %, at six 86 %, where 95 are asked for.
+    """
+    found = np.asarray(values, dtype=np.float64)
+    mean = float(found.mean())
+    if len(found) < 2 or not np.isfinite(found).all():
+        return Interval(mean, mean, mean)
+    return _interval(mean, _resampled(found, np.ones(len(found)), samples, [seed]), confidence)
+
+
+def _interval(mean: float, replicates: np.ndarray, confidence: float) -> Interval:
+    if not (math.isfinite(mean) and np.isfinite(replicates).all()):
+        return Interval(mean, mean, mean)
+    tail = (1.0 - confidence) / 2.0
+    low, high = np.quantile(replicates, [tail, 1.0 - tail])
+    return Interval(mean, float(low), float(high))
+
+
+def _resampled(values: np.ndarray, sizes: np.ndarray, samples: int, seed: Sequence[int]) -> np.ndarray:
+    """Sum of values over sum of sizes, of `samples` draws of as many units with replacement."""
+    count = len(values)
     drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1.0 / count), size=samples)
-    return drawn @ differences / (drawn @ sizes) / math.log(2)
+    return np.asarray(drawn @ values / (drawn @ sizes))
 
 
 def _in_blocks(values: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Opponents as hooks on online training: each does what its paper says, costs what it claims, and resumes to the bit."""
+"""Opponents as hooks on online training: each does what its paper says, costs what it claims, resumes to the bit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from nl_model.config import LevelConfig
 from nl_model.flops import full_step_flops
 from nl_model.model import NestedLM
 from pipelines.compare.opponents import OPPONENTS, build_hook, hook_settings
