@@ -22,6 +22,7 @@ from nl_model.weights import write_durably
 from pipelines.compare.outcome import heading
 from pipelines.config.load import flatten, load_config, shipped_configs
 from pipelines.report.page import Line, duration, headline, read_summary, source_lines
+from pipelines.report.sides import sides
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 KEPT = Path(__file__).parent / "results" / "default-run.json"
@@ -85,7 +86,7 @@ def _word(value: Any) -> str:
 
 
 def render_results(kept: Mapping[str, Any]) -> str:
-    """Markdown: a run's table, Circadian against the control, and what else is to be known of it.
+    """Markdown: a run's table, Circadian against its controls, and what else is to be known of it.
 
     Args:
         kept: what `keep` returned.
@@ -94,13 +95,12 @@ def render_results(kept: Mapping[str, Any]) -> str:
     base = set(kept["base_sources"])
     for line in source_lines(kept):
         rows.append(_row(f"final, `{line.label}`{' (base)' if line.label in base else ''}", line))
-    table = markdown_table(["", "Circadian", "control"], rows)
+    table = markdown_table(["", *(name for name, _ in sides(kept))], rows)
     return f"{table}\n\n{_facts(kept)}"
 
 
 def _row(label: str, line: Line) -> list[str]:
-    sides = (("circadian", line.circadian), ("control", line.control))
-    return [label, *(f"**{text}**" if line.better == side else text for side, text in sides)]
+    return [label, *(f"**{text}**" if i == line.best else text for i, text in enumerate(line.cells))]
 
 
 def _facts(kept: Mapping[str, Any]) -> str:
@@ -116,13 +116,19 @@ def _facts(kept: Mapping[str, Any]) -> str:
         f"{kept['wake_tokens_per_second']:,.0f} tokens/s inside wake steps.",
         f"Wall time: {times}.",
     ]
-    if kept.get("control"):
-        tried, best = kept["control"]["tried"], f"{kept['control']['learning_rate']:g}"
-        among = f", the best of {len(tried)} by its own final mean" if len(tried) > 1 else ""
-        facts.append(f"Control: the same base and order, step size {best}{among}.")
+    facts += [_control(name, figures) for name, figures in sides(kept)[1:] if figures]
     facts.append(f"Machine: {machine.show()}; {made['date']}.")
     facts.append(f"Made by `{made['command']}`, then `python -m benchmarks.readme runs/{kept['run']}`.")
     return "\n".join(f"* {fact}" for fact in facts)
+
+
+def _control(name: str, figures: Mapping[str, Any]) -> str:
+    """A control's step size, and whether it is an optimum."""
+    tried, best = figures["tried"], f"{figures['learning_rate']:g}"
+    among = f", the best of {len(tried)} by its own final mean" if len(tried) > 1 else ""
+    edge = " (at the edge of what was tried)" if figures.get("edge") else ""
+    label = "Control" if name == "control" else f"Control `{name}`"
+    return f"{label}: the same base and order, step size {best}{among}{edge}."
 
 
 def _online(kept: Mapping[str, Any]) -> list[str]:

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipelines.report.events import Event, describe_round, short_number
+from pipelines.report.looks import look_points
 
 WAKE_SECONDS = 5.0  # least time between two plain lines about waking
 LIT_SECONDS = 2.0  # how long a written level stays lit
@@ -87,7 +88,7 @@ class ViewState:
         elif kind in ("stopped", "finished"):
             self.phase = kind
             self.final = dict(self.probe) if kind == "finished" else {}
-        elif kind == "control":
+        elif kind in ("control", "control_finished"):
             self.phase = "control"
         elif "round" in event:
             self._round(event)
@@ -231,9 +232,14 @@ def describe(event: Event) -> str:
             f"failure in {event.get('part')}: {event.get('error')}; {event.get('restarts_left')} restarts left"
         ),
         "control": lambda: (
-            f"control lr {event.get('learning_rate'):g} at {tokens} tokens: {_scores(event.get('row') or {})}"
+            f"control {event.get('strategy')} lr {event.get('learning_rate'):g} at {tokens} tokens: "
+            f"{_scores(event.get('row') or {})}"
         ),
-        "control_finished": lambda: "control finished",
+        "control_finished": lambda: (
+            f"control {event.get('strategy')} lr {event.get('learning_rate'):g} ended: mean {_score(event.get('mean'))} bpb"
+        ),
+        "no_controls": lambda: f"no controls: {event.get('reason')}",
+        "look": lambda: _describe_look(event),
         "stopped": lambda: f"stopped at {tokens} tokens: {event.get('reason')}",
         "finished": lambda: f"finished in {event.get('seconds') or 0:.1f} s",
     }
@@ -298,6 +304,16 @@ def _render_rounds(state: ViewState) -> Table:
         gate = describe_round(view.state, view.figures).partition(": ")[2] if view.state in DECISIONS else ""
         table.add_row(str(number), Text(view.state, style=DECISIONS.get(view.state, "")), progress, Text(gate))
     return table
+
+
+def _describe_look(event: Event) -> str:
+    points = look_points([event])
+    if not points:
+        return ""
+    served, rested = points[0].served, points[0].rested
+    return (
+        f"look   served {served:.3f}, release {points[0].release} alone {rested:.3f} bpb on {points[0].sources} sources"
+    )
 
 
 def _score(value: Optional[float]) -> str:

@@ -1,54 +1,49 @@
-"""Actor `ControlTrainer`: trains one plain control beside the others, one step size each."""
+"""Actor `ControlTrainer`: runs one control after the other, beside its like."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
 import ray
+import torch
 
 from cluster.actors.start import configure_torch
 from cluster.storage.releases import load_release, split
-from nl_model.model import NestedLM, resolve_device
-from nl_model.weights import load_into
 from pipelines.config.schema import Config
 from pipelines.data.module import open_setting
-from pipelines.gate.probe import Row
-from pipelines.sleep.control import train_control
+from pipelines.machine.control import Budget, Row, Trial, control_config, run_control
 
 
 class ControlTrainer:
-    """Starts from the base, sees the stream in the same order, spends the FLOPs it is given."""
+    """Runs controls in simulated time, from the base that the run began with.
+
+    Args:
+        cfg: of the run.
+        tokenizer_state: of the run.
+    """
 
     def __init__(self, cfg: Config, tokenizer_state: Dict[str, Any]) -> None:
         configure_torch(cfg)
+        torch.use_deterministic_algorithms(True, warn_only=True)
         self.cfg, self.setting = cfg, open_setting(cfg, tokenizer_state)
-        self.rows: List[Row] = []
-        self.steps = 0
+        self.shown: Tuple[str, List[Row]] = ("", [])
 
-    def train(self, base_dir: str, lr: float, flops_per_token: float) -> Tuple[List[Dict[str, Any]], float]:
-        """Train with one step size; returns the rows of its matrix and the FLOPs spent."""
-        cfg, setting = self.cfg, self.setting
-        model = NestedLM(cfg.model, cfg.levels, setting.tokenizer.vocab_size).to(resolve_device(cfg.compute.device))
-        load_into(model, split(load_release(Path(base_dir)), "weight"))
-        rows, flops = train_control(
-            model,
-            setting.stream(),
-            setting.probes(),
-            setting.sources,
-            cfg,
-            lr,
-            flops_per_token,
-            self.rows.append,
-            self._count,
-        )
-        return [asdict(row) for row in rows], flops
+    def ready(self) -> None:
+        """Answers once the cluster has found a place for it."""
 
-    def _count(self, steps: int) -> None:
-        self.steps = steps
+    def train(self, trial: Trial, budget: Budget, base_dir: str) -> Tuple[List[Row], float]:
+        """Run one control; returns its rows and the FLOPs spent."""
+        cfg = control_config(self.cfg, trial, budget, self.setting)
+
+        def show(rows: List[Row]) -> None:
+            self.shown = (trial.name, rows)
+
+        base = split(load_release(Path(base_dir)), "weight")
+        return run_control(cfg, replace(self.setting, cfg=cfg), base, show)
 
     @ray.method(concurrency_group="control")
-    def progress(self) -> Tuple[int, List[Dict[str, Any]]]:
-        """Steps done and rows so far."""
-        return self.steps, [asdict(row) for row in list(self.rows)]
+    def progress(self) -> Tuple[str, List[Row]]:
+        """Name of the trial that was last told of, and its rows so far."""
+        return self.shown

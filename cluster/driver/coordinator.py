@@ -237,9 +237,8 @@ class Coordinator:
     def _train_controls(self, action: do.TrainControls) -> None:
         self.pool.release()
         base = str(self.pool.releases.directory(0))
-        trained = tuple(self.state.control)
-        arguments = (self.cfg, self.setting.tokenizer.state())
-        train_in_thread(action, self.cfg, arguments, base, trained, self.emit, self.inbox.put, lambda: self.stopping)
+        done, tokenizer = dict(self.state.control), self.setting.tokenizer.state()
+        train_in_thread(action, self.cfg, tokenizer, base, done, self.emit, self.inbox.put, lambda: self.stopping)
 
     def _summarise(self) -> None:
         self.summary = self._build_summary()

@@ -169,7 +169,7 @@ def _pass(cfg: Config, vocab_size: int, share: int, logits: int) -> int:
 
 def processes(cfg: Config) -> Dict[str, int]:
     """How many processes of each kind a run has."""
-    controls = len(cfg.control.learning_rates) if cfg.control.enabled else 0
+    controls = len(cfg.control.learning_rates) if cfg.trains_controls else 0
     counts = dict.fromkeys(INTERPRETERS, 1) | {"pool rank": cfg.pool.ranks, "control": controls}
     return counts if cfg.ray.address is not None else counts | {"ray": 1}
 

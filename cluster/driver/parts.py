@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Collection, Dict, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Union
 
 import ray
 from ray.exceptions import RayError
@@ -15,7 +15,7 @@ from cluster.actors.learner import OnlineLearner
 from cluster.actors.start import start_actor
 from cluster.driver.base_release import prepare_base
 from cluster.driver.calls import Calls
-from cluster.driver.controls import train_controls
+from cluster.driver.controls import ControlSearch
 from cluster.driver.failures import RunFailed, Stopped, is_users
 from cluster.pool.group import PoolError
 from cluster.pool.rounds import Outcome, RoundRunner
@@ -24,6 +24,7 @@ from pipelines.config.schema import Config
 from pipelines.data.module import Setting
 from pipelines.machine import actions as do
 from pipelines.machine import events as on
+from pipelines.machine.control import Budget
 from pipelines.machine.events import Event
 from pipelines.sleep.base import base_records
 
@@ -222,9 +223,9 @@ class PoolPart:
 def train_in_thread(
     action: do.TrainControls,
     cfg: Config,
-    arguments: Tuple[Config, Dict[str, Any]],
+    tokenizer_state: Dict[str, Any],
     base: str,
-    trained: Collection[str],
+    done: Mapping[str, Mapping[str, Any]],
     emit: Callable[..., Any],
     put: Callable[[Any], None],
     ending: Callable[[], bool],
@@ -232,6 +233,7 @@ def train_in_thread(
     """Train the controls beside the loop; what they come to is put into its inbox.
 
     Args:
+        done: trials that have ended, by name.
         ending: whether the run is ending.
     """
 
@@ -239,12 +241,13 @@ def train_in_thread(
         if ending():
             raise Stopped
 
-    def tell(rate: str, rows: List[Dict[str, Any]], flops: float) -> None:
-        put(on.ControlTrained(action.attempt, rate, tuple(rows), flops))
+    def tell(trial: str, rows: List[Dict[str, Any]], flops: float) -> None:
+        put(on.ControlTrained(action.attempt, trial, tuple(rows), flops))
 
     def train() -> None:
+        budget = Budget(action.flops_per_token, action.tokens)
         try:
-            train_controls(cfg, arguments, base, action.flops_per_token, trained, emit, tell, check_stop)
+            ControlSearch(cfg, tokenizer_state, budget, base, done, emit, tell, check_stop).run()
             put(on.ControlDone(action.attempt))
         except Stopped:
             return

@@ -41,6 +41,9 @@ GRACE = 2.2
 """Seconds that an orderly stop may take; then the process leaves as it is (what is committed is safe at any moment)."""
 
 
+NO_CONTROLS = "the text is yours, and each of them costs as much as the run; control.enabled=true trains them"
+
+
 class Signals:
     """SIGTERM and SIGINT ask for an orderly stop; the second one exits at once.
 
@@ -137,6 +140,8 @@ def _drive(
     try:
         signals.leave = leave
         emit("run_started", resumed=resumed, **_announce(cfg, setting))
+        if cfg.control.enabled == "auto" and not cfg.trains_controls:
+            emit("no_controls", reason=NO_CONTROLS)
         start_ray(cfg)
         signals.install()
         cfg = place(cfg)
@@ -203,6 +208,8 @@ def _headline(summary: Dict[str, Any]) -> Dict[str, float]:
     metrics = {key: float(summary[key]) for key in keys}
     if summary["control"]:
         metrics.update({f"control/{key}": float(summary["control"][key]) for key in keys[:4]})
+    for name, figures in summary["controls"].items():
+        metrics.update({f"control_{name}/{key}": float(figures[key]) for key in keys[:4]})
     return metrics
 
 

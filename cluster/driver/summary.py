@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -12,6 +13,7 @@ from pipelines.data.module import Setting
 from pipelines.dreams.report import dream_summary
 from pipelines.experience import DREAM_KEY, Snapshot
 from pipelines.gate.probe import Row, read_matrix
+from pipelines.machine.control import Trial
 from pipelines.machine.state import RunState
 from pipelines.report.events import Timeline, build_timeline, read_events
 from pipelines.report.versions import versions
@@ -26,13 +28,16 @@ def build_summary(cfg: Config, run_dir: Path, setting: Setting, state: RunState)
     matrix = read_matrix([Row(**row) for row in state.rows], state.ends, sources, slack)
     wall = max(wake["wall"], 1e-9)
     rounds = [record.to_json() for record in state.rounds]
+    controls = summarise_controls(cfg, state, sources, slack)
     return {
         "run": cfg.run.name,
+        "strategy": cfg.strategy,
         "sources": sources,
         "base_sources": setting.base_sources,
         "stream_sources": setting.stream_sources,
         **matrix,
-        "control": _control(state, sources, slack),
+        "control": stronger(controls),
+        "controls": controls,
         **_online(run_dir),
         "rounds": rounds,
         "dreams": dream_summary(rounds),
@@ -56,17 +61,38 @@ def _online(run_dir: Path) -> Dict[str, Optional[float]]:
     return {"online_bpb": timeline.read.bpb, "recalled_bpb": timeline.read.recalled_bpb}
 
 
-def _control(state: RunState, sources: List[str], slack: int) -> Dict[str, Any] | None:
-    """The best control by final mean, and what every step size came to."""
-    if not state.control:
-        return None
-    figures = {
-        lr: read_matrix([Row(**row) for row in rows], state.ends, sources, slack) for lr, rows in state.control.items()
-    }
-    best = min(figures, key=lambda lr: figures[lr]["mean_final_bpb"])  # type: ignore[arg-type,return-value]
+def summarise_controls(cfg: Config, state: RunState, sources: List[str], slack: int) -> Dict[str, Dict[str, Any]]:
+    """Of each strategy its best trial by final mean, and what every step size came to, in the order configured.
+
+    `edge` says that the best step size is the smallest or the largest one tried: it is then a bound, no optimum.
+    """
+    found: Dict[str, Dict[float, Dict[str, Any]]] = {}
+    for name, trial in sorted((Trial.of(name), trial) for name, trial in state.control.items()):
+        figures = read_matrix([Row(**row) for row in trial["rows"]], state.ends, sources, slack)
+        found.setdefault(name.strategy, {})[name.learning_rate] = {**figures, "flops": trial["flops"]}
+    order = dict.fromkeys([*cfg.control.strategies, *found])
+    return {strategy: _tuned(found[strategy]) for strategy in order if strategy in found}
+
+
+def _tuned(trials: Dict[float, Dict[str, Any]]) -> Dict[str, Any]:
+    best = min(trials, key=lambda rate: _final(trials[rate]))
     keys = ("mean_final_bpb", "learning", "forgetting")
-    tried = [{"learning_rate": float(lr), **{k: found[k] for k in keys}} for lr, found in figures.items()]
-    return {**figures[best], "learning_rate": float(best), "tried": tried}
+    tried = [{"learning_rate": rate, **{key: figures[key] for key in keys}} for rate, figures in trials.items()]
+    return {**trials[best], "learning_rate": best, "tried": tried, "edge": best in (min(trials), max(trials))}
+
+
+def stronger(controls: Dict[str, Dict[str, Any]]) -> Optional[Dict[str, Any]]:
+    """The control that ends lowest, with the name of its strategy; None without any."""
+    if not controls:
+        return None
+    name = min(controls, key=lambda name: _final(controls[name]))
+    return {"strategy": name, **controls[name]}
+
+
+def _final(figures: Dict[str, Any]) -> float:
+    """Final mean; what diverged comes last."""
+    mean = float(figures["mean_final_bpb"])
+    return mean if math.isfinite(mean) else math.inf
 
 
 def experiences(cfg: Config, run_dir: Path, setting: Setting, state: RunState) -> Dict[str, int]:

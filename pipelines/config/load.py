@@ -107,7 +107,54 @@ def load_config(name: str = "default", overrides: Sequence[str] = (), preset: st
     except OmegaConfBaseException as error:
         raise ValueError(_plain(error)) from None
     assert isinstance(config, Config)
+    for other in config.control.strategies if config.trains_controls else ():
+        try:
+            _strategy_of("the configuration", {}, other)
+        except ValueError as error:
+            raise ValueError(f"control.strategies: {error}") from None
     return config
+
+
+def with_strategy(config: Config, name: str, changes: Mapping[str, Any]) -> Config:
+    """A resolved configuration under another strategy, with some keys changed on top; checked like any other.
+
+    What its present strategy has set goes back to defaults first; else the new one would be a mixture of both.
+
+    Args:
+        changes: values by dotted key, for instance {"sleep.epochs": 2.0}.
+
+    Raises:
+        ValueError: the strategy or a key is unknown, or what comes out is no configuration.
+    """
+    strategy = _strategy_of("the configuration", {}, name)
+    tree, defaults = asdict(config), asdict(Config())
+    plain, old = flatten(tree), flatten(_named(STRATEGIES, config.strategy))
+    unset = {key: flatten(defaults)[key] for key, value in old.items() if plain[key] == value}
+    levels = tree.pop("levels")
+    try:
+        base = OmegaConf.structured(Config)
+        _make_writable(base)
+        base.levels = {}
+        layers = [tree, _nested(unset), _named(STRATEGIES, strategy), {"levels": levels}, _nested(changes)]
+        for layer in layers:
+            _check_keys(layer, Config, "", f"strategy {name}")
+        found = OmegaConf.to_object(OmegaConf.merge(base, *layers, {"strategy": strategy}))
+    except OmegaConfBaseException as error:
+        raise ValueError(_plain(error)) from None
+    assert isinstance(found, Config)
+    return found
+
+
+def _nested(flat: Mapping[str, Any]) -> Dict[str, Any]:
+    """What `flatten` makes flat, nested again."""
+    tree: Dict[str, Any] = {}
+    for key, value in flat.items():
+        *sections, last = key.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    return tree
 
 
 def _without(tree: Mapping[str, Any], named: Mapping[str, Any]) -> Dict[str, Any]:

@@ -171,12 +171,39 @@ class StoreConfig:
 
 @dataclass(frozen=True)
 class ControlConfig:
-    """The control: the same network trained plainly on the same stream with the same FLOPs."""
+    """The controls: simulated runs of other strategies from the same base, on the same stream, for the same FLOPs."""
 
-    enabled: bool = True
-    """Train the control after the stream has ended."""
-    learning_rates: List[float] = field(default_factory=lambda: [1e-4, 3e-4])
-    """Step sizes tried, each in a process of its own; the best by final mean bits per byte is reported."""
+    enabled: str = "auto"
+    """Train controls after the stream has ended: true, false, or auto (for shipped text only: every trial costs as much
+    as the run itself)."""
+    strategies: List[str] = field(default_factory=lambda: ["replay", "naive"])
+    """Strategies that the run is held against (pipelines/config/strategies), each tuned over the step size."""
+    learning_rates: List[float] = field(default_factory=list)
+    """Step sizes that each of them tries; empty: half, once and twice base.lr. While the best one is at an edge of what
+    was tried, another beyond it is."""
+    most: int = 5
+    """Most step sizes that each of them tries."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "enabled", str(self.enabled).lower())  # YAML's booleans come as such
+        one_of("control.enabled", self.enabled, ("auto", "true", "false"))
+        at_least("control.most", self.most, 1)
+        if self.enabled == "true" and not self.strategies:
+            raise ValueError("control.strategies is empty; name some to be held against, or give control.enabled=false")
+        twice = [name for name in self.strategies if self.strategies.count(name) > 1]
+        if twice:
+            raise ValueError(f"control.strategies names {twice[0]!r} twice; name it once")
+        wrong = [rate for rate in self.learning_rates if not rate > 0]
+        if wrong:
+            raise ValueError(f"control.learning_rates has {wrong[0]:g}; give step sizes above 0")
+
+    def grid(self, lr: float) -> List[float]:
+        """Step sizes to begin with.
+
+        Args:
+            lr: base.lr.
+        """
+        return sorted(set(self.learning_rates)) or [lr / 2, lr, 2 * lr]
 
 
 @dataclass(frozen=True)
@@ -302,8 +329,11 @@ class Config:
     ray: RayConfig = field(default_factory=RayConfig)
 
     def __post_init__(self) -> None:
-        if self.control.enabled and not self.control.learning_rates:
-            raise ValueError("control.learning_rates is empty; give step sizes to try, or control.enabled=false")
+        if self.trains_controls and len(self.control.grid(self.base.lr)) > self.control.most:
+            raise ValueError(
+                f"control.most={self.control.most} is less than the {len(self.control.grid(self.base.lr))} step sizes "
+                "to begin with; raise it, or give fewer control.learning_rates"
+            )
         if self.run.deterministic:
             self.when.check_deterministic()
         if not self.wake.batch:
@@ -323,6 +353,13 @@ class Config:
         self.sleep.check_on_policy(self.model.context, self.pool.zero_stage)
         if self.base.checkpoint is None and self.base.tokens == 0 and self.base.sources:
             raise ValueError("base.tokens=0 leaves base.sources unused; drop them or give base.tokens")
+
+    @property
+    def trains_controls(self) -> bool:
+        """Whether controls are trained once the stream has ended."""
+        control = self.control
+        shipped = control.enabled == "auto" and not self.stream.path
+        return bool(control.strategies) and (control.enabled == "true" or shipped)
 
     def _read_per_write(self) -> int:
         """Sequences that are read while `sleep.batch` are trained on: no more than that, and periods are multiples."""

@@ -199,6 +199,9 @@ class TrainControls:
 
     attempt: int
     flops_per_token: float
+    """What the run has spent, wake and sleep together."""
+    tokens: int
+    """Of the stream."""
 
 
 @dataclass(frozen=True)

@@ -148,11 +148,12 @@ class PartFailed:
 
 @dataclass(frozen=True)
 class ControlTrained:
-    """A control of one step size has ended."""
+    """A control has ended."""
 
     part: ClassVar[str] = CONTROL
     attempt: int
-    rate: str
+    trial: str
+    """Its name (pipelines/machine/control.py): strategy and step size."""
     rows: Tuple[Dict[str, Any], ...]
     flops: float
 

@@ -103,7 +103,7 @@ class Machine(Reactions):
     def _train_controls(self) -> None:
         flops = self.state.flops
         per_token = (flops["wake"] + flops["sleep"]) / max(1, self.state.tokens)
-        self._do(do.TrainControls(self._attempt(on.CONTROL), per_token))
+        self._do(do.TrainControls(self._attempt(on.CONTROL), per_token, self.state.tokens))
 
     def _base(self) -> None:
         state, pool = self.state, self.pool

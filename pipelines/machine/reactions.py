@@ -175,8 +175,8 @@ class Reactions(Core):
         self._charge(on.SERVICES, event.cause, event.users)
 
     def _on_control_trained(self, event: on.ControlTrained) -> None:
-        self.state.control[event.rate] = list(event.rows)
-        self.state.flops["control"] = event.flops
+        self.state.control[event.trial] = {"rows": list(event.rows), "flops": event.flops}
+        self.state.flops["control"] = sum(float(trial["flops"]) for trial in self.state.control.values())
         self._do(do.Commit(self.state.copy()))
 
     def _on_stop_deadline(self, event: on.StopDeadline) -> None:

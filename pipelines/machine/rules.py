@@ -64,5 +64,5 @@ class Rules:
             ranks=cfg.pool.ranks,
             zero_stage=cfg.pool.zero_stage,
             release_after_round=cfg.pool.release_after_round,
-            control=cfg.control.enabled,
+            control=cfg.trains_controls,
         )

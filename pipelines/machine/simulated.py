@@ -361,7 +361,7 @@ class Simulation:
 
     def _train_controls(self, action: do.TrainControls) -> None:
         for found in self.parts.train_controls(action.flops_per_token):
-            self._push(0.0, on.ControlTrained(action.attempt, found.rate, found.rows, found.flops))
+            self._push(0.0, on.ControlTrained(action.attempt, found.trial, found.rows, found.flops))
         self._push(self.speeds.answer, on.ControlDone(action.attempt))
 
     def _build_summary(self, action: do.BuildSummary) -> None:

@@ -69,8 +69,8 @@ class RunState:
     audit: Dict[str, Any] = field(default_factory=dict)
     """End of the audit log (pipelines/report/audit.py): length, head, entries that may not be in the file yet. The
     driver's: it chains the entries that the machine gives it, and saves both in one write."""
-    control: Dict[str, List[Dict[str, Any]]] = field(default_factory=dict)
-    """Rows of finished controls by learning rate."""
+    control: Dict[str, Dict[str, Any]] = field(default_factory=dict)
+    """Rows and FLOPs of finished controls by name (pipelines/machine/control.py): replay@0.002."""
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> RunState:

@@ -175,6 +175,8 @@ class Timeline:
     """(running seconds, stream position)"""
     resumes: list[float] = field(default_factory=list)
     rounds: list[RoundSpan] = field(default_factory=list)
+    looks: list[Event] = field(default_factory=list)
+    """The served model beside the release alone, in stream order."""
     quarantined: list[Event] = field(default_factory=list)
     failures: list[Event] = field(default_factory=list)
     seconds: float = 0.0
@@ -187,6 +189,7 @@ def build_timeline(events: Iterable[Event]) -> Timeline:
     steps: dict[int, Event] = {}
     adoptions: dict[int, int] = {}
     rounds: dict[int, RoundSpan] = {}
+    looks: dict[tuple[int, int], Event] = {}
     first = last = None
     paused = 0.0
     for event in events:
@@ -204,6 +207,8 @@ def build_timeline(events: Iterable[Event]) -> Timeline:
             steps.update({int(step["tokens"]): step for step in event.get("steps", ())})
         elif kind == "adopted":
             adoptions[int(event["release"])] = int(event["tokens"])
+        elif kind == "look":
+            looks[int(event["tokens"]), int(event.get("release") or 0)] = event
         elif kind == "quarantined":
             timeline.quarantined.append(event)
         elif kind == "failure":
@@ -211,6 +216,7 @@ def build_timeline(events: Iterable[Event]) -> Timeline:
         elif "round" in event:
             _follow(rounds.setdefault(int(event["round"]), RoundSpan(int(event["round"]))), event, now)
     timeline.adoptions = sorted((tokens, release) for release, tokens in adoptions.items())
+    timeline.looks = [looks[key] for key in sorted(looks)]
     timeline.rounds = [rounds[key] for key in sorted(rounds)]
     _spread(timeline, steps)
     return timeline

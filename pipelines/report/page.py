@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -14,22 +14,25 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.table import Table
 
 from pipelines.dreams.report import dream_section
-from pipelines.gate.report import gate_rows
+from pipelines.gate.report import awake_rows, gate_rows
 from pipelines.report.events import Timeline, build_timeline, describe_round, read_events, short_number
+from pipelines.report.looks import look_rows
 from pipelines.report.plots import write_plots
+from pipelines.report.sides import sides
 
 NOTHING = "\N{EN DASH}"
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a comparison: texts ready to show, and which side is better ("circadian", "control" or "")."""
+    """One line of a comparison: texts ready to show."""
 
     label: str
     hint: str
-    circadian: str
-    control: str
-    better: str
+    cells: tuple[str, ...]
+    """The run's, then each control's, as `sides` has them."""
+    best: int
+    """Place of the side that is better than all others; -1 where none is."""
 
 
 def write_report(run_dir: Path) -> Path:
@@ -49,12 +52,15 @@ def write_report(run_dir: Path) -> Path:
         .get_template("report.html.j2")
         .render(
             name=run_dir.resolve().name,
-            control=summary.get("control"),
+            sides=[name for name, _ in sides(summary)],
+            controls=control_facts(summary),
             headline=headline(summary),
             facts=_facts(summary, timeline),
             sources=source_lines(summary),
             rounds=_round_rows(summary),
             gates=gate_rows(summary),
+            awake=awake_rows(summary),
+            looks=look_rows(timeline),
             dreams=dream_section(summary),
             costs=_costs(summary),
             experiences=[(f"{value:,}", key) for key, value in (summary.get("experiences") or {}).items()],
@@ -85,12 +91,12 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
 
 
 def headline(summary: Mapping[str, Any]) -> list[Line]:
-    """The figures that decide, Circadian against the control. Scores in bits per byte."""
-    control = summary.get("control") or {}
-    flops = summary.get("flops") or {}
+    """The figures that decide, the run against its controls. Scores in bits per byte."""
+    found = [figures for _, figures in sides(summary)]
+    older = (summary.get("flops") or {}).get("control") if summary.get("control") else None
 
     def line(key: str, label: str, hint: str, sign: int = -1) -> Line:
-        return _line(label, hint, summary.get(key), control.get(key), bits, sign)
+        return _line(label, hint, [figures.get(key) for figures in found], bits, sign)
 
     lines = [
         line(
@@ -100,34 +106,50 @@ def headline(summary: Mapping[str, Any]) -> list[Line]:
         line("learning", "Learning", "bits per byte on a source when it was just learned; lower is better"),
         line("backward_transfer", "Backward transfer", "change of earlier sources by later ones; higher is better", 1),
     ]
-    hint = "floating-point operations of training, awake and asleep"
-    lines.append(_line("Training FLOPs", hint, flops.get("total"), flops.get("control") if control else None, flop))
+    hint = "floating-point operations awake and asleep, the gate's included; of a control: of the trial shown"
+    spent = [(summary.get("flops") or {}).get("total"), *(figures.get("flops", older) for figures in found[1:])]
+    lines.append(_line("FLOPs", hint, spent, flop))
     return lines
 
 
 def source_lines(summary: Mapping[str, Any]) -> list[Line]:
-    """Final held-out bits per byte of each source, Circadian against the control."""
-    final, other = _last_row(summary), _last_row(summary.get("control") or {})
+    """Final held-out bits per byte of each source, the run against its controls."""
+    rows = [_last_row(figures) for _, figures in sides(summary)]
     base = set(summary.get("base_sources") or ())
     return [
-        _line(str(source), "base" if source in base else "", _at(final, i), _at(other, i), bits, sign=-1)
+        _line(str(source), "base" if source in base else "", [_at(row, i) for row in rows], bits, sign=-1)
         for i, source in enumerate(summary.get("sources") or ())
     ]
 
 
+def control_facts(summary: Mapping[str, Any]) -> list[str]:
+    """A sentence for each control: its best step size, whether that is an optimum, and what all of them came to."""
+    facts = []
+    for name, figures in sides(summary)[1:]:
+        tried = figures.get("tried") or ()
+        if not tried:
+            continue
+        shown = ", ".join(f"{trial['learning_rate']:g} ({bits(trial.get('mean_final_bpb'))})" for trial in tried)
+        edge = ", the best at the edge of what was tried: smaller or larger ones may be better"
+        facts.append(
+            f"{name}: step size {figures['learning_rate']:g}{edge if figures.get('edge') else ''}; tried, with their "
+            f"final means: {shown}"
+        )
+    return facts
+
+
 def render_summary_table(summary: Mapping[str, Any]) -> Table:
-    """Circadian against the control for the terminal: headline figures, then each source. The better side is bold."""
-    table = Table(title="Circadian and control", caption="bits per byte on held-out text; lower is better")
+    """The run against its controls for the terminal: headline figures, then each source. The best side is bold."""
+    names = [name for name, _ in sides(summary)]
+    caption = ["bits per byte on held-out text; lower is better", *control_facts(summary)]
+    table = Table(title=" | ".join(names), caption="\n".join(text.replace("[", r"\[") for text in caption))
     table.add_column("")
-    table.add_column("Circadian", justify="right")
-    table.add_column("control", justify="right")
+    for name in names:
+        table.add_column(name, justify="right")
     for section in (headline(summary), source_lines(summary)):
         for line in section:
-            sides = [
-                f"[bold green]{text}[/]" if line.better == side else text
-                for side, text in (("circadian", line.circadian), ("control", line.control))
-            ]
-            table.add_row(line.label.replace("[", r"\["), *sides)
+            cells = [f"[bold green]{text}[/]" if i == line.best else text for i, text in enumerate(line.cells)]
+            table.add_row(line.label.replace("[", r"\["), *cells)
         table.add_section()
     return table
 
@@ -206,17 +228,19 @@ def _missing(value: Optional[float]) -> bool:
 def _line(
     label: str,
     hint: str,
-    ours: Optional[float],
-    theirs: Optional[float],
+    values: Sequence[Optional[float]],
     show: Callable[[Optional[float]], str],
     sign: int = 0,
 ) -> Line:
     """sign: -1 if lower is better, +1 if higher is, 0 if neither is."""
-    better = ""
-    # What reads the same is the same.
-    if sign and ours is not None and theirs is not None and show(ours) != show(theirs) and math.isfinite(ours - theirs):
-        better = "circadian" if (ours - theirs) * sign > 0 else "control"
-    return Line(label, hint, show(ours), show(theirs), better)
+    cells = tuple(show(value) for value in values)
+    known = [(value * -sign, i) for i, value in enumerate(values) if value is not None and math.isfinite(value)]
+    best = -1
+    if sign and len(known) > 1:
+        best = min(known)[1]
+        # What reads the same is the same.
+        best = best if [cells[i] for _, i in known].count(cells[best]) == 1 else -1
+    return Line(label, hint, cells, best)
 
 
 def _last_row(side: Mapping[str, Any]) -> list[Optional[float]]:

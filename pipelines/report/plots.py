@@ -19,6 +19,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from pipelines.report.events import Point, RoundSpan, Timeline, describe_round, short_number
+from pipelines.report.looks import look_points
+from pipelines.report.sides import sides
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; the yellow is darkened for white paper.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#B8A800", "#4D4D4D")
@@ -38,8 +40,10 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def write_plots(timeline: Timeline, summary: Mapping[str, Any], folder: Path) -> dict[str, Path]:
-    """Draw everything into folder. Returns PNG paths by name: online_loss, matrix, level_writes, rounds, surprise."""
+    """Draw everything into folder. Returns PNG paths by name: online_loss, awake, matrix, level_writes, rounds,
+    surprise."""
     figures = {
+        "awake": awake(timeline),
         "online_loss": online_loss(timeline),
         "matrix": matrix(summary),
         "level_writes": level_writes(timeline),
@@ -63,6 +67,25 @@ def online_loss(timeline: Timeline) -> Figure:
     _stream_axis(axes, timeline)
     axes.set_ylabel("bits per byte" + (" (thin: with recall)" if timeline.recalled else ""))
     _source_legend(axes, timeline, timeline.bpb)
+    return figure
+
+
+def awake(timeline: Timeline) -> Figure:
+    """The served model beside the release alone along the stream, each as a mean over the sources seen so far."""
+    figure, axes = _figure(
+        "What is served, and the release alone: held-out text of all sources seen so far", height=3.6
+    )
+    points = look_points(timeline.looks)
+    if not points:
+        return _empty(axes, "No look was taken; report.look_every says how often.")
+    x = [point.tokens for point in points]
+    served, rested = [point.served for point in points], [point.rested for point in points]
+    axes.plot(x, served, color=COLOURS[0], lw=2, marker="o", ms=4, label="served: with the fast levels")
+    axes.plot(x, rested, color=COLOURS[1], lw=2, ls="--", marker="s", ms=4, label="the release alone")
+    _mark_sleeps(axes, timeline)
+    _stream_axis(axes, timeline)
+    axes.set_ylabel("bits per byte, mean")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.005, 1), frameon=False, fontsize=9)
     return figure
 
 
@@ -142,27 +165,28 @@ def rounds(timeline: Timeline) -> Figure:
 
 
 def matrix(summary: Mapping[str, Any]) -> Figure:
-    """R of Circadian and the control side by side on one colour scale: held-out bits per byte of each source."""
+    """R of the run and of its controls side by side on one colour scale: held-out bits per byte of each source."""
     sources = [str(source) for source in summary.get("sources") or ()]
-    sides = [("Circadian", summary), ("Control", summary.get("control") or {})]
-    grids = [_grid(side, len(sources)) for _, side in sides]
+    named = sides(summary)
+    grids = [_grid(side, len(sources)) for _, side in named]
     finite = np.concatenate([values[np.isfinite(values)] for _, values in grids])
     if not finite.size:
         figure, axes = _figure("R: held-out bits per byte", height=2.4)
         return _empty(axes, "No probe yet.")
     rows = max(len(labels) for labels, _ in grids)
-    figure = Figure(figsize=(max(WIDTH, 4 + 1.5 * len(sources)), 2.2 + 0.36 * rows), layout="constrained")
+    width = max(WIDTH, 2 + len(named) * (1 + 0.75 * len(sources)))
+    figure = Figure(figsize=(width, 2.2 + 0.36 * rows), layout="constrained")
     figure.suptitle("R: bits per byte on held-out text of each source, after each stage (lower is better)", size=12)
     scale = (float(finite.min()), float(max(finite.max(), finite.min() + 1e-6)))
     image: Any = None
-    both = figure.subplots(1, 2, squeeze=False)[0]
-    for axes, (title, _), (labels, values) in zip(both, sides, grids, strict=True):
+    all_axes = figure.subplots(1, len(named), squeeze=False)[0]
+    for axes, (title, _), (labels, values) in zip(all_axes, named, grids, strict=True):
         axes.set_title(title, size=11, loc="left", color=INK, weight="bold")
         if labels:
             image = _draw_grid(axes, labels, sources, values, scale)
         else:
             _empty(axes, "not trained")
-    figure.colorbar(image, ax=both.tolist(), label="bits per byte", shrink=0.8, pad=0.02)
+    figure.colorbar(image, ax=all_axes.tolist(), label="bits per byte", shrink=0.8, pad=0.02)
     return figure
 
 

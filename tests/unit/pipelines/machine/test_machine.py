@@ -299,10 +299,11 @@ def test_the_pool_is_given_back_after_a_round() -> None:
 def test_controls_are_kept_one_by_one() -> None:
     script = Script(replace(base(), phase=Phase.CONTROL), replace(RULES, control=True))
     assert script.hear(on.Started()) == ["TrainControls"]
-    assert script.hear(on.ControlTrained(1, "0.1", ({"bpb": 1.0},), 9.0)) == ["Commit"]
+    assert script.hear(on.ControlTrained(1, "replay@0.1", ({"bpb": 1.0},), 9.0)) == ["Commit"]
     assert script.hear(on.ControlDone(1)) == ["Commit", "BuildSummary"]
     assert script.hear(on.SummaryBuilt()) == ["Commit", "End"]
-    assert script.state.control == {"0.1": [{"bpb": 1.0}]} and script.state.phase is Phase.FINISHED
+    assert script.state.control == {"replay@0.1": {"rows": [{"bpb": 1.0}], "flops": 9.0}}
+    assert script.state.flops["control"] == 9.0 and script.state.phase is Phase.FINISHED
 
 
 def test_spans_come_with_every_report() -> None:

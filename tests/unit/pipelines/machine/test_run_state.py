@@ -37,7 +37,7 @@ def filled() -> RunState:
         seconds={"base": 1.5},
         rollbacks=[{"release": 3, "restores": 1, "replaces": 2, "fingerprint": "ab"}],
         audit={"length": 1, "head": "cd", "unwritten": [{"sequence": 0}]},
-        control={"0.0005": [{"release": 0, "tokens": 0, "bpb": {"a": 2.0}}]},
+        control={"replay@0.0005": {"rows": [{"release": 0, "tokens": 0, "bpb": {"a": 2.0}}], "flops": 5.0}},
     )
 
 
