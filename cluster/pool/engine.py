@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn import functional as F
 
+from cluster.pool.sharded_muon import ShardedMuon
 from nl_model.config import OptimizerConfig
 from nl_model.model import NestedLM
 from nl_model.optim.levelwise import build_optimizer
+from nl_model.optim.moments import blank_state, counters_of, moments_in
 from pipelines.config.pool import PoolConfig
 from pipelines.sleep.engine import TrainingState
 
@@ -96,13 +98,22 @@ class DeepSpeedEngine:
         exact = {n: p.detach().clone() for n, p in model.named_parameters()} if self.bf16 else {}
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=model,
-            optimizer=build_optimizer(parameters, optimizer, model),
+            optimizer=_optimizer(parameters, optimizer, model, self.stage),
             model_parameters=parameters,
             config=_settings(optimizer.clip - self.clip, pool, share // self.passes, self.passes, parameters),
         )
+        self.shards: Dict[Parameter, Tensor] = {}
+        """Under ZeRO 1 and 2: this rank's flat part of each parameter's group."""
+        if self.stage in (1, 2):
+            zero = self.engine.optimizer
+            for group, shard in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+                self.shards.update(dict.fromkeys(group, shard))
         self.frozen = {name: exact[name] for name in kept if self.bf16}
         for name, parameter in self._trained() if self.bf16 else ():
             self._set_master(parameter, exact[name])
+        if isinstance(self._inner, ShardedMuon):
+            self._inner.bind()
+            self._link_moments()
         if state is not None:
             self._load_moments(state)
 
@@ -141,18 +152,15 @@ class DeepSpeedEngine:
         """`weight/NAME` (if wanted) and `MOMENT/NAME`, full and float32, one at a time. A collective like `weights`."""
         if weights:
             yield from ((f"weight/{name}", tensor) for name, tensor in self.weights())
-        for moment in self._moments():
-            for name, parameter in self._trained():
-                if self.stage:
-                    whole = safe_get_full_optimizer_state(parameter, moment)
-                else:
-                    whole = self._inner.state[parameter][moment]
+        for name, parameter in self._trained():
+            held: Dict[str, Any] = self._inner.state.get(self._shard_of(parameter), {})
+            for moment in moments_in(held):  # the same on every rank; none before the first step
+                whole = safe_get_full_optimizer_state(parameter, moment) if self.stage else held[moment]
                 yield f"{moment}/{name}", whole.detach().cpu().clone()
 
     def counters(self) -> Dict[str, float]:
-        """The optimizer's own counters, which are the same for all parameters."""
-        first: Dict[str, Any] = next(iter(self._inner.state.values()), {})
-        return {key: float(value) for key, value in first.items() if torch.is_tensor(value) and not value.dim()}
+        """The optimizer's own counters, which are the same for all parameters that have them."""
+        return counters_of(self._inner)
 
     def optimizer_bytes(self) -> int:
         """Bytes of optimizer state that this rank holds (moments and fp32 copies of its shard)."""
@@ -177,17 +185,27 @@ class DeepSpeedEngine:
     def _trained(self) -> Iterator[Tuple[str, Parameter]]:
         return ((name, parameter) for name, parameter in self._parameters() if parameter.requires_grad)
 
-    def _moments(self) -> List[str]:
-        """Names of what the optimizer keeps per number of a parameter; empty before its first step."""
-        first: Dict[str, Any] = next(iter(self._inner.state.values()), {})
-        return sorted(key for key, value in first.items() if torch.is_tensor(value) and value.dim())
+    def _shards(self) -> Iterator[Tuple[Dict[str, Any], Tensor]]:
+        """What the torch optimizer steps, parameters or this rank's flat parts of them, each with its group."""
+        groups: List[Dict[str, Any]] = self._inner.param_groups
+        if self.stage == 3:  # here groups are put together anew at every step; all have the same settings
+            return ((groups[0], shard) for shard in self.engine.optimizer.fp32_partitioned_groups_flat)
+        return ((group, shard) for group in groups for shard in group["params"])
 
-    def _shards(self) -> List[Tensor]:
-        """What the torch optimizer steps: parameters, or this rank's flat part of them."""
+    def _shard_of(self, parameter: Parameter) -> Tensor:
+        """What the torch optimizer steps of a parameter's group, whether this rank has a part of it or not."""
         if not self.stage:
-            return [parameter for _, parameter in self._trained()]
+            return parameter
         zero = self.engine.optimizer
-        return list(zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups)
+        if self.stage == 3:  # the moments of all are alike
+            shard: Tensor = zero.fp32_partitioned_groups_flat[0]
+            return shard
+        return self.shards[parameter]
+
+    def _link_moments(self) -> None:
+        """Under ZeRO 1 and 2, let the moments of parameters be found; DeepSpeed does it after the first step."""
+        if self.stage in (1, 2):
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _local(self, parameter: Parameter, whole: Tensor) -> Tensor:
         """This rank's part of a parameter under ZeRO 3."""
@@ -202,15 +220,12 @@ class DeepSpeedEngine:
     def _load_moments(self, state: TrainingState) -> None:
         """Give the optimizer the moments and counters of a state; parameters it knows nothing of start with none."""
         moments, inner = state.moments(), self._inner
-        for shard in self._shards():
-            fresh: Dict[str, Tensor] = {moment: torch.zeros_like(shard) for moment in moments}
-            for counter, value in state.counters.items():
-                fresh[counter] = torch.tensor(value, dtype=torch.float32, device=shard.device)
-            inner.state[shard] = fresh
-        if self.stage in (1, 2):
-            self.engine.optimizer._lazy_init_hp_params_optimizer_state()  # else it would do so after the first step
-        for moment in moments:
-            for name, parameter in self._trained():
+        for group, shard in self._shards():
+            for key, blank in blank_state(group, shard, moments, state.counters).items():
+                inner.state[shard].setdefault(key, blank).copy_(blank)  # in place: what is linked stays linked
+        self._link_moments()
+        for name, parameter in self._trained():
+            for moment in moments_in(inner.state.get(self._shard_of(parameter), {})):
                 whole = state.get(f"{moment}/{name}")
                 if whole is not None:
                     self._set_moment(parameter, whole.to(parameter.device), moment)
@@ -228,6 +243,13 @@ def equal_part(whole: Tensor, size: int, rank: int) -> Tensor:
     """Numbers rank * size to (rank + 1) * size of a flattened tensor, zeros behind its end: how ZeRO 3 cuts."""
     part = whole.flatten()[rank * size : (rank + 1) * size]
     return F.pad(part, (0, size - part.numel()))
+
+
+def _optimizer(parameters: List[Parameter], cfg: OptimizerConfig, model: NestedLM, stage: int) -> torch.optim.Optimizer:
+    """What a configuration names, fit for the shards that a stage will put into its hands."""
+    if cfg.name == "muon" and stage in (1, 2):
+        return ShardedMuon.configured(parameters, cfg, model)
+    return build_optimizer(parameters, cfg, model)
 
 
 def _settings(

@@ -46,17 +46,7 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                if not group["matrix"]:
-                    self.write_other(parameter, group)
-                    continue
-                if parameter.ndim < 2:
-                    raise ValueError(
-                        f"{type(self).__name__} was built for whole matrices but is asked to write a flat shard of "
-                        f"{parameter.numel()} numbers; use adamw or sgd where parameters are sharded (ZeRO)"
-                    )
-                gradient = parameter.grad.to(accumulator(parameter))
-                direction = self.direction(parameter, gradient, self.state[parameter], group)
-                parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"])
+                (self.write_matrix if group["matrix"] else self.write_other)(parameter, group)
         return loss
 
     @abc.abstractmethod
@@ -69,6 +59,18 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             state: tensors by name, empty at first.
             group: the settings, and `step`, the number of this write from 1.
         """
+
+    def write_matrix(self, parameter: Parameter, group: Dict[str, Any]) -> None:
+        """Write a matrix that has a gradient."""
+        if parameter.ndim < 2:
+            raise ValueError(
+                f"{type(self).__name__} was built for whole matrices but is asked to write a flat shard of "
+                f"{parameter.numel()} numbers; use adamw or sgd where parameters are sharded (ZeRO)"
+            )
+        assert parameter.grad is not None, "a parameter without gradient is not written"
+        gradient = parameter.grad.to(accumulator(parameter))
+        direction = self.direction(parameter, gradient, self.state[parameter], group)
+        parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"])
 
     def write_other(self, parameter: Parameter, group: Dict[str, Any]) -> None:
         """Write a parameter that is not a matrix."""

@@ -5,7 +5,7 @@ Shapes: O outputs, I inputs of a matrix; "..." a batch of matrices.
 
 from __future__ import annotations
 
-from typing import Any, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Self, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -78,23 +78,35 @@ class Muon(MatrixOptimizer):
 
     def direction(self, parameter: Tensor, gradient: Tensor, state: Dict[str, Any], group: Dict[str, Any]) -> Tensor:
         """The orthogonalised momentum, scaled by shape."""
+        return self.orthogonal(self.ahead(gradient, state, group), group)
+
+    def ahead(self, gradient: Tensor, state: Dict[str, Any], group: Dict[str, Any]) -> Tensor:
+        """Take the gradient into the momentum; what to orthogonalise then. Number by number, so any shape will do."""
         momentum = kept(state, "momentum", gradient).mul_(group["momentum"]).add_(gradient)
-        ahead = gradient.add(momentum, alpha=group["momentum"]) if group["nesterov"] else momentum
-        return shape_scale(gradient) * newton_schulz(ahead, group["ns_steps"])
+        return gradient.add(momentum, alpha=group["momentum"]) if group["nesterov"] else momentum
+
+    def orthogonal(self, matrix: Tensor, group: Dict[str, Any]) -> Tensor:
+        """The direction that a whole matrix (..., O, I) gives."""
+        return shape_scale(matrix) * newton_schulz(matrix, group["ns_steps"])
+
+    @classmethod
+    def configured(cls, parameters: List[Parameter], cfg: OptimizerConfig, model: Optional[nn.Module]) -> Self:
+        """As a level configures it; beta1 is the momentum."""
+        return cls(
+            parameters,
+            lr=cfg.lr,
+            momentum=cfg.beta1,
+            nesterov=cfg.nesterov,
+            ns_steps=cfg.ns_steps,
+            weight_decay=cfg.weight_decay,
+            others=lookup_tables(model),
+            betas=(cfg.beta1, cfg.beta2),
+            eps=cfg.eps,
+            adamw_scale=cfg.adamw_scale,
+        )
 
 
 @register("muon")
 def build(parameters: List[Parameter], cfg: OptimizerConfig, model: Optional[nn.Module]) -> Muon:
-    """Muon as a level configures it; beta1 is the momentum."""
-    return Muon(
-        parameters,
-        lr=cfg.lr,
-        momentum=cfg.beta1,
-        nesterov=cfg.nesterov,
-        ns_steps=cfg.ns_steps,
-        weight_decay=cfg.weight_decay,
-        others=lookup_tables(model),
-        betas=(cfg.beta1, cfg.beta2),
-        eps=cfg.eps,
-        adamw_scale=cfg.adamw_scale,
-    )
+    """Muon as a level configures it."""
+    return Muon.configured(parameters, cfg, model)

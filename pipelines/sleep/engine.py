@@ -9,13 +9,14 @@ Shapes: B sequences, T predicted tokens, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Protocol, Tuple
+from typing import Dict, Iterable, Iterator, List, Mapping, Optional, Protocol, Tuple
 
 import torch
 from torch import Tensor
 
 from nl_model.config import OptimizerConfig
 from nl_model.model import NestedLM
+from nl_model.optim.moments import blank_state, counters_of, moments_in
 from nl_model.optim.registry import build_optimizer
 from nl_model.optim.write import write_gradients
 
@@ -31,7 +32,7 @@ class TrainingState(Protocol):
         """One tensor, on the CPU; None where the state has none of that name."""
 
     def moments(self) -> List[str]:
-        """Names of the moments (Adam: exp_avg and exp_avg_sq)."""
+        """Names of the moments (Adam: exp_avg and exp_avg_sq); not every parameter need have all of them."""
 
     def weights(self) -> Dict[str, Tensor]:
         """All weights by parameter name; empty where only moments were kept."""
@@ -63,7 +64,7 @@ class Engine(Steps, Protocol):
         """`weight/NAME` (if wanted) and `MOMENT/NAME`, whole, float32, on the CPU. A collective."""
 
     def counters(self) -> Dict[str, float]:
-        """The optimizer's own counters, which are the same for all parameters."""
+        """The optimizer's own counters, which are the same for all parameters that have them."""
 
     def optimizer_bytes(self) -> int:
         """Bytes of optimizer state that this rank holds."""
@@ -150,14 +151,13 @@ class LocalEngine:
         if weights:
             yield from ((f"weight/{name}", tensor) for name, tensor in self.weights())
         for name, parameter in self.trained.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if torch.is_tensor(value) and value.dim():
-                    yield f"{key}/{name}", value.detach().cpu().clone()
+            held = self.optimizer.state.get(parameter, {})
+            for moment in moments_in(held):
+                yield f"{moment}/{name}", held[moment].detach().cpu().clone()
 
     def counters(self) -> Dict[str, float]:
         """The optimizer's own counters."""
-        first: Dict[str, Any] = next(iter(self.optimizer.state.values()), {})
-        return {key: float(value) for key, value in first.items() if torch.is_tensor(value) and not value.dim()}
+        return counters_of(self.optimizer)
 
     def optimizer_bytes(self) -> int:
         """Bytes of optimizer state."""
@@ -169,10 +169,13 @@ class LocalEngine:
 
     def load_moments(self, state: TrainingState) -> None:
         """Parameters that the state knows nothing of start with no moments."""
-        moments = state.moments()
-        for name, parameter in self.trained.items():
-            found = {moment: state.get(f"{moment}/{name}") for moment in moments}
-            held = {m: (torch.zeros_like(parameter) if t is None else t.to(parameter)) for m, t in found.items()}
-            counters = {k: torch.tensor(v, device=parameter.device) for k, v in state.counters.items()}
+        moments, names = state.moments(), {parameter: name for name, parameter in self.trained.items()}
+        places = [(group, parameter) for group in self.optimizer.param_groups for parameter in group["params"]]
+        for group, parameter in places:
+            held = blank_state(group, parameter, moments, state.counters)
+            for moment in moments_in(held):
+                whole = state.get(f"{moment}/{names[parameter]}")
+                if whole is not None:
+                    held[moment].copy_(whole)
             if held:
-                self.optimizer.state[parameter] = {**counters, **held}
+                self.optimizer.state[parameter] = held
