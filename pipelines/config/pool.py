@@ -46,6 +46,14 @@ class PoolConfig:
         """Passes of a rank over its share of a step, in sequences."""
         return share // self.micro_batch if self.micro_batch else 1
 
+    def check_optimizer(self, name: str) -> None:
+        """ValueError unless the stage leaves whole matrices to an optimizer that needs them (sleep.optimizer.name)."""
+        if name == "muon" and self.zero_stage == 3:
+            raise ValueError(
+                "sleep.optimizer.name=muon writes whole matrices, and pool.zero_stage=3 cuts every one of them up; "
+                "use pool.zero_stage=0, 1 or 2, or sleep.optimizer.name=adamw"
+            )
+
     def check(self, sleep_batch: int, base_batch: int, precision: str) -> None:
         """ValueError unless batches divide as they must and the precisions go together.
 

@@ -310,6 +310,7 @@ class Config:
                     f"(wake.batch={self.wake.batch} x model.context={self.model.context} = {step_tokens} tokens)"
                 )
         self.pool.check(self.sleep.batch, self.base.batch, self.compute.precision)
+        self.pool.check_optimizer(self.sleep.optimizer.name)
         self.sleep.check_on_policy(self.model.context, self.pool.zero_stage)
         if self.base.checkpoint is None and self.base.tokens == 0 and self.base.sources:
             raise ValueError("base.tokens=0 leaves base.sources unused; drop them or give base.tokens")

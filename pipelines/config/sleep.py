@@ -140,8 +140,8 @@ class SleepConfig:
         at_least("sleep.average_every", self.average_every, 1)
         self._check_average()
         self._check_guides()
-        # ZeRO hands an optimizer flat shards; one that looks at whole matrices cannot work with them.
-        one_of("sleep.optimizer.name", self.optimizer.name, ("adamw", "sgd"))
+        # ZeRO hands an optimizer flat shards; of those that look at whole matrices, muon alone can work with them.
+        one_of("sleep.optimizer.name", self.optimizer.name, ("adamw", "sgd", "muon"))
 
     def _check_average(self) -> None:
         if self.carry == "trainer" and self.mode == "slots":
