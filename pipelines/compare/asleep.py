@@ -154,7 +154,7 @@ class NightTrainer:
         """
         trained = list(student.requires_grad_(True).parameters())
         if self.optimizer is None:
-            self.optimizer = build_optimizer(trained, self.optimizer_config)
+            self.optimizer = build_optimizer(trained, self.optimizer_config, student)
         stored = self._replayable(old, place) if len(new_BS) else old
         _add_gradients(self.again)
         total = (len(new_BS) + stored + self.reread) * self.context
@@ -193,7 +193,7 @@ class NightTrainer:
             parameter.requires_grad_(name not in frozen)
         trained = [p for p in student.parameters() if p.requires_grad]
         if self.optimizer is None or self.receivers or not self.night.keep_moments:
-            self.optimizer = build_optimizer(trained, self.optimizer_config)
+            self.optimizer = build_optimizer(trained, self.optimizer_config, student)
         return trained
 
     def _finish(self, student: NestedLM) -> None:

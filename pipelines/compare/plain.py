@@ -106,7 +106,8 @@ class PlainTrainer:
         return fresh_recall(self.material, capacity)
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        return build_optimizer([p for p in self.model.parameters() if p.requires_grad], self.optimizer_config)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        return build_optimizer(trained, self.optimizer_config, self.model)
 
     @property
     def step_flops(self) -> float:

@@ -129,7 +129,7 @@ class Workshop:
         """All levels but the learner's, which stay neutral, on the mixture."""
         cfg = self.cfg
         model.train_only("pool")
-        optimizer = build_optimizer([p for p in model.parameters() if p.requires_grad], cfg.sleep.optimizer)
+        optimizer = build_optimizer([p for p in model.parameters() if p.requires_grad], cfg.sleep.optimizer, model)
         steps = cfg.base.tokens // (cfg.base.batch * cfg.model.context)
         rows: List[Any] = list(material.base.tokens_NS)
         order = BaseBatches([_Row(r) for r in rows], cfg.base.batch, seed)  # type: ignore[misc]

@@ -61,7 +61,7 @@ def train_control(
     size, context = cfg.sleep.batch, cfg.model.context
     step_flops = full_step_flops(cfg.model, cfg.levels, model.vocab_size) * size * context
     model.requires_grad_(True)
-    optimizer = build_optimizer(list(model.parameters()), cfg.sleep.optimizer)
+    optimizer = build_optimizer(list(model.parameters()), cfg.sleep.optimizer, model)
     rows, tokens, budget, done = [Row(0, 0, score(model, probes, sources, cfg.compute.precision))], 0, 0.0, 0
     on_row(rows[0])
     for number, block in enumerate(blocks_of(stream, period, cfg), start=1):
