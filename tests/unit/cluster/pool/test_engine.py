@@ -23,17 +23,17 @@ MakeModel = Callable[..., NestedLM]
 @pytest.fixture
 def build(group: None, make_model: MakeModel, make_levels: Callable[..., Dict[str, LevelConfig]]) -> Iterator[Any]:
     """Engines over models whose first weights are drawn from a seed; closed in the end."""
-    from cluster.pool.engine import StudentEngine
+    from cluster.pool.engine import DeepSpeedEngine
 
     made = []
 
     def engine(
         pool: PoolConfig, optimizer: OptimizerConfig = ADAMW, seed: int = 0, frozen: Tuple[str, ...] = (), **more: Any
-    ) -> StudentEngine:
+    ) -> DeepSpeedEngine:
         model = make_model(make_levels(), seed=seed)
         if state := more.get("state"):
             model.load_state_dict(state.weights())
-        made.append(StudentEngine(model, optimizer, pool, SHARE, frozen, **more))
+        made.append(DeepSpeedEngine(model, optimizer, pool, SHARE, frozen, **more))
         return made[-1]
 
     yield engine
@@ -55,8 +55,9 @@ def train(engine: Any, steps: range, precision: str = "fp32") -> float:
             with autocast(part.device, precision):
                 logits = engine(part[:, :-1])
             loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), part[:, 1:].flatten())
-            engine.step(loss, 1e-2)
+            engine.backward(loss)
             losses.append(float(loss.detach()))
+        engine.step(1e-2)
         last = sum(losses) / len(losses)
     return last
 
