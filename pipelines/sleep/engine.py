@@ -176,11 +176,16 @@ class LocalEngine:
             self.optimizer.state.pop(self.trained[name], None)
 
     def load_moments(self, state: TrainingState) -> None:
-        """Parameters that the state knows nothing of start with no moments."""
+        """Parameters that the state knows nothing of start with no moments.
+
+        What is taken over is copied: optimizers write in place, and whoever keeps the state may load it again.
+        """
         moments = state.moments()
         for name, parameter in self.trained.items():
             found = {moment: state.get(f"{moment}/{name}") for moment in moments}
-            held = {m: (torch.zeros_like(parameter) if t is None else t.to(parameter)) for m, t in found.items()}
+            held = {
+                m: (torch.zeros_like(parameter) if t is None else t.to(parameter, copy=True)) for m, t in found.items()
+            }
             counters = {k: torch.tensor(v, device=parameter.device) for k, v in state.counters.items()}
             if held:
                 self.optimizer.state[parameter] = {**counters, **held}

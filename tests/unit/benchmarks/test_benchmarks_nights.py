@@ -11,9 +11,9 @@ from typing import Any, Dict, List
 
 import numpy as np
 import pytest
-from pipelines.compare.material import load_material, stream_of_folder
 
 from benchmarks import cycles, transfer
+from pipelines.compare.material import load_material, stream_of_folder
 from pipelines.config.load import load_config
 from pipelines.gate.probe import Row
 
