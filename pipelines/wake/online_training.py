@@ -83,6 +83,7 @@ class OnlineTraining:
         first = self._held(int(keys_B[0]))
         if first is None:  # nothing to replay yet: new text takes its place
             visits, old = visits + old, 0
+        visits = self._whole_passes(visits, B)
         taken = min(visits, B)
         passes = max(1, math.ceil(visits / B)) if visits + old else 0
         # Where not all is trained on, the turn goes round: no place in a batch is favoured.
@@ -117,6 +118,13 @@ class OnlineTraining:
         visits = min(visits, total)
         self.trained, self.fresh = self.trained - total, self.fresh - visits
         return visits, total - visits
+
+    def _whole_passes(self, visits: int, B: int) -> int:
+        """New sequences to train on now, where one pass over the batch is not enough: whole passes, the rest stays due.
+        So the first pass, which scores all new text, trains on all of it, and no write is made of a few sequences."""
+        rest = visits % B if visits > B else 0
+        self.trained, self.fresh = self.trained + rest, self.fresh + rest
+        return visits - rest
 
     def _held(self, key: int) -> Optional[Tuple[Experience, Replay]]:
         bound = visible_before(key)
