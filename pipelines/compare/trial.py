@@ -55,7 +55,7 @@ def configure(cfg: Config, method: Method, data: TrialData, regime: str, seed: i
         cfg,
         run=replace(cfg.run, seed=seed, deterministic=True),
         pool=replace(cfg.pool, ranks=1, zero_stage=0, bf16_weights=False),
-        control=replace(cfg.control, enabled=False),
+        control=replace(cfg.control, enabled="false"),
     )
     if lr is not None:
         found = replace(found, sleep=replace(found.sleep, optimizer=replace(found.sleep.optimizer, lr=lr)))
