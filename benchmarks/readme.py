@@ -16,10 +16,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks import real_run
 from benchmarks.results import RESULTS, SUMMARY
 from benchmarks.tables import Machine, markdown_table
 from nl_model.weights import write_durably
-from pipelines.compare.outcome import heading
 from pipelines.config.load import flatten, load_config, shipped_configs
 from pipelines.report.page import Line, duration, headline, read_summary, source_lines
 from pipelines.report.sides import sides
@@ -27,20 +27,7 @@ from pipelines.report.sides import sides
 README = Path(__file__).resolve().parents[1] / "README.md"
 KEPT = Path(__file__).parent / "results" / "default-run.json"
 MODEL = KEPT.with_name("model.json")
-COMPARISONS = tuple(KEPT.with_name(f"compare-s5{regime}.json") for regime in ("", "-cap5", "-cap1", "-small"))
-ELSEWHERE = {
-    "compare-tshift": "Python's PEPs by year, softly mixed",
-    "compare-s5-order3": "the same texts, a third order",
-    "compare-s5-twice": "the same texts, twice the FLOPs",
-    "compare-s5-mixed": "the same texts, mixed with drifting weights",
-    "compare-s5-scratch": "the same texts, without a base",
-    "compare-installed": "the text of `make run`",
-}
-"""Comparisons on other streams, by file name, and what they stream."""
-PRINCIPAL = ("circadian", "replay_tuned", "replay_50", "naive")
-"""Methods shown of them."""
-READERS = ("circadian", "replay_balanced", "mer", "replay_50", "replay_tuned", "one_frequency", "naive")
-"""Methods whose online loss is shown."""
+REAL = KEPT.with_name("real-run.json")
 LEFT_OUT = ("stream_cursor", "quarantined")
 """Keys of summary.json that are long, or name files of the machine the run was made on."""
 PHASES = ("base", "stream", "control")
@@ -173,113 +160,30 @@ def render_model(figures: Mapping[str, Any]) -> str:
     )
 
 
-def render_comparison(*outcomes: Mapping[str, Any]) -> str:
-    """Markdown: Circadian's lead over every method, by regime, from what `circadian compare --out` wrote.
-
-    Args:
-        outcomes: of one stream; the first one's figures order the methods. Methods of a regime may be in several of
-            them, held against the same trials of Circadian. ValueError where these differ.
-    """
-    regimes: dict[str, dict[str, Any]] = {}
-    for outcome in outcomes:
-        for name, found in outcome["regimes"].items():
-            regimes[name] = _together(regimes[name], found) if name in regimes else found
-    finals = [found["mean_final_bpb"] for found in regimes.values()]
-    names = list(dict.fromkeys(name for final in finals for name in sorted(final, key=lambda n: final[n])))
-    rows = [[f"`{name}`", *(_lead(found, name) for found in regimes.values())] for name in names]
-    table = markdown_table(["final bits per byte (Circadian's lead, 95 %)", *map(heading, regimes)], rows)
-    made = "\n".join(
-        f"* {', '.join(map(heading, o['regimes']))}: {len(o['seeds'])} seeds x {len(o['orders'])} orders. Made by "
-        f"`{o['command']}`."
-        for o in outcomes
-    )
+def render_real(outcome: Mapping[str, Any]) -> str:
+    """Markdown: what runs of several strategies came to, from what `python -m benchmarks.real_run --json` wrote."""
+    found = [real_run.from_plain(one) for one in outcome["runs"]]
+    seeds = sorted({one.seed for one in found})
     return (
-        f"{table}\n\nMeans at equal FLOPs and one bound on stored text, of the weights alone (recall changes only "
-        f"the online loss); learning, forgetting, online loss and plots: benchmarks/results/compare-s5.md and the "
-        f"pages beside it.\n{made}"
+        f"{real_run.table(found)}\n\nBits per byte on held-out text, lower is better; means over seeds "
+        f"{', '.join(map(str, seeds))}, the least and the most in brackets. What the columns are: "
+        f"benchmarks/results/real-run.md. Made by `{outcome['command']}` on {outcome['machine']}."
     )
 
 
-def _together(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Final means of two comparisons in one regime, and Circadian's lead in each."""
-    finals, more = one["mean_final_bpb"], other["mean_final_bpb"]
-    for name in finals.keys() & more.keys():
-        if finals[name] != more[name]:
-            raise ValueError(
-                f"{name} ends at {finals[name]} in one comparison and at {more[name]} in another of the same regime; "
-                "make both anew with one state of the code"
-            )
-    leads = {**other["against"]["mean_final_bpb"], **one["against"]["mean_final_bpb"]}
-    return {"mean_final_bpb": {**more, **finals}, "against": {"mean_final_bpb": leads}}
-
-
-def render_elsewhere(*outcomes: Mapping[str, Any]) -> str:
-    """Markdown: final bits of the principal methods on other streams, with the whole history.
-
-    Args:
-        outcomes: what `circadian compare --out` wrote, to files that `ELSEWHERE` names.
-    """
-    rows, commands = [], []
-    for outcome in outcomes:
-        where = ELSEWHERE[Path(outcome["command"].split(" --out ")[1].split()[0]).stem]
-        cells = [_lead(outcome["regimes"]["whole"], name) for name in PRINCIPAL]
-        rows.append([where, str(len(outcome["seeds"]) * len(outcome["orders"])), *cells])
-        commands.append(f"* {where}: `{outcome['command']}`")
-    table = markdown_table(["stream", "trials", *(f"`{name}`" for name in PRINCIPAL)], rows)
-    return "\n".join([table, "", *commands])
-
-
-def render_online(*outcomes: Mapping[str, Any]) -> str:
-    """Markdown: online loss of Circadian and of who reads best, by the weights alone and together with recall.
-
-    Args:
-        outcomes: what `circadian compare --out` wrote with the whole history stored; without readings: left out.
-    """
-    outcomes = tuple(o for o in outcomes if o["regimes"]["whole"].get("recalled_bpb"))
-    names = [name for name in READERS if all(name in o["regimes"]["whole"]["recalled_bpb"] for o in outcomes)]
-    head, rows = ["online bits per byte"], [[f"`{name}`"] for name in names]
-    for outcome in outcomes:
-        streamed, found = outcome["stream"], outcome["regimes"]["whole"]
-        stream = "soft shift" if streamed["schedule"] == "soft" else ", ".join(streamed["sources"])
-        head += [f"{stream}, weights alone", f"{stream}, with recall"]
-        for row, name in zip(rows, names, strict=True):
-            row += [_bold(found, name, key) for key in ("weights_bpb", "recalled_bpb")]
-    made = "\n".join(f"* `{o['command']}`" for o in outcomes)
-    return f"{markdown_table(head, rows)}\n\nBold: as the method reads. Made by\n{made}"
-
-
-def _bold(found: Mapping[str, Any], name: str, reading: str) -> str:
-    """A method's online loss, bold where that is how it reads."""
-    text = f"{found[reading][name]:.3f}"
-    return f"**{text}**" if found[reading][name] == found["online_bpb"][name] else text
-
-
-def _lead(found: Mapping[str, Any], name: str) -> str:
-    """A method's figure, and how far Circadian is below it."""
-    if name not in found["mean_final_bpb"]:
-        return ""
-    value, lead = found["mean_final_bpb"][name], found.get("against", {}).get("mean_final_bpb", {}).get(name)
-    if lead is None:
-        return f"**{value:.3f}**"
-    interval = "" if lead["high"] == lead["low"] else f", {-lead['high']:+.3f} .. {-lead['low']:+.3f}"
-    return f"{value:.3f} ({-lead['mean']:+.3f}{interval})"
-
-
-BLOCKS: dict[str, tuple[tuple[Path, ...], Callable[..., str]]] = {
-    "model": ((MODEL,), render_model),
-    "compare": (COMPARISONS, render_comparison),
-    "online": ((KEPT.with_name("compare-tshift.json"), KEPT.with_name("compare-s5-read.json")), render_online),
-    "elsewhere": (tuple(KEPT.with_name(f"{name}.json") for name in ELSEWHERE), render_elsewhere),
+BLOCKS: dict[str, tuple[Path, Callable[..., str]]] = {
+    "model": (MODEL, render_model),
+    "real": (REAL, render_real),
 }
-"""Tables of README.md that come from kept figures, by marker; left as they are where none of the files is there."""
+"""Tables of README.md that come from kept figures, by marker; left as they are where the file is not there."""
 
 
 def filled(readme: str, kept: Mapping[str, Any], results: str, blocks: bool = False) -> str:
     """README.md as text with its tables; `blocks`: those of `BLOCKS` too."""
     text = fill(fill(readme, "results", render_results(kept)), "bench", render_bench(results))
-    for name, (paths, render) in BLOCKS.items() if blocks else ():
-        if found := [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]:
-            text = fill(text, name, render(*found))
+    for name, (path, render) in BLOCKS.items() if blocks else ():
+        if path.is_file():
+            text = fill(text, name, render(json.loads(path.read_text(encoding="utf-8"))))
     return text
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shlex
 import statistics
@@ -19,6 +20,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.results import keep_page
 from benchmarks.tables import Machine, markdown_table
@@ -67,7 +69,7 @@ class RunFigures:
     online: float
     """Every sequence before it is learned from, of the weights alone."""
     recalled: float
-    """The same read together with recall."""
+    """The same read together with recall; not a number without."""
     epochs: float
     """FLOPs of wake, sleep and gate together, in full training steps per streamed token."""
     rounds: int
@@ -77,6 +79,12 @@ class RunFigures:
     finals: Mapping[str, float]
     """Bits per byte by source at the last look."""
     looks: Sequence[Look]
+
+
+def from_plain(plain: Mapping[str, Any]) -> RunFigures:
+    """What `asdict` made of a run's figures, out of a JSON file."""
+    recalled = plain["recalled"] if plain["recalled"] is not None else math.nan
+    return RunFigures(**{**plain, "recalled": recalled, "looks": [Look(**look) for look in plain["looks"]]})
 
 
 def config_of(stream: str, strategy: str, seed: int, root: Path, changes: Sequence[str], deterministic: bool) -> Config:
@@ -138,7 +146,7 @@ def read_run(directory: Path, cfg: Config, strategy: str) -> RunFigures:
         area=statistics.fmean(look.served for look in counted.values()),
         gap=max(look.served - look.rested for look in ordered),
         online=summary["online_bpb"],
-        recalled=summary["recalled_bpb"] or float("nan"),
+        recalled=summary["recalled_bpb"] or math.nan,
         epochs=summary["flops"]["total"] / full_step_flops(*shape) / summary["tokens_streamed"],
         rounds=len(summary["rounds"]),
         promoted=sum(record["decision"] == "promoted" for record in summary["rounds"]),

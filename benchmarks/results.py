@@ -17,6 +17,7 @@ from pipelines.report.versions import versions
 RESULTS = Path(__file__).with_name("RESULTS.md")
 KEPT = Path(__file__).parent / "results"
 CHAPTERS = {
+    "real-run": "A run against strategy=replay",
     "model": "The model against a plain transformer",
     "streaming": "A million tokens in fixed memory",
     "levels": "Five levels against one, two and three",

@@ -17,7 +17,6 @@ from nl_model.config import OptimizerConfig
 from nl_model.model import NestedLM
 from nl_model.optim.levelwise import build_optimizer
 from nl_model.optim.moments import blank_state, counters_of, moments_in
-from nl_model.optim.muon import build as build_muon
 from pipelines.config.pool import PoolConfig
 from pipelines.sleep.engine import TrainingState
 
@@ -249,7 +248,7 @@ def equal_part(whole: Tensor, size: int, rank: int) -> Tensor:
 def _optimizer(parameters: List[Parameter], cfg: OptimizerConfig, model: NestedLM, stage: int) -> torch.optim.Optimizer:
     """What a configuration names, fit for the shards that a stage will put into its hands."""
     if cfg.name == "muon" and stage in (1, 2):
-        return build_muon(parameters, cfg, model, ShardedMuon)
+        return ShardedMuon.configured(parameters, cfg, model)
     return build_optimizer(parameters, cfg, model)
 
 

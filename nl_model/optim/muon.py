@@ -5,7 +5,7 @@ Shapes: O outputs, I inputs of a matrix; "..." a batch of matrices.
 
 from __future__ import annotations
 
-from typing import Any, Dict, Iterable, List, Optional, Tuple, Type
+from typing import Any, Dict, Iterable, List, Optional, Self, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -89,21 +89,24 @@ class Muon(MatrixOptimizer):
         """The direction that a whole matrix (..., O, I) gives."""
         return shape_scale(matrix) * newton_schulz(matrix, group["ns_steps"])
 
+    @classmethod
+    def configured(cls, parameters: List[Parameter], cfg: OptimizerConfig, model: Optional[nn.Module]) -> Self:
+        """As a level configures it; beta1 is the momentum."""
+        return cls(
+            parameters,
+            lr=cfg.lr,
+            momentum=cfg.beta1,
+            nesterov=cfg.nesterov,
+            ns_steps=cfg.ns_steps,
+            weight_decay=cfg.weight_decay,
+            others=lookup_tables(model),
+            betas=(cfg.beta1, cfg.beta2),
+            eps=cfg.eps,
+            adamw_scale=cfg.adamw_scale,
+        )
+
 
 @register("muon")
-def build(
-    parameters: List[Parameter], cfg: OptimizerConfig, model: Optional[nn.Module], kind: Type[Muon] = Muon
-) -> Muon:
-    """Muon, or a subclass of it, as a level configures it; beta1 is the momentum."""
-    return kind(
-        parameters,
-        lr=cfg.lr,
-        momentum=cfg.beta1,
-        nesterov=cfg.nesterov,
-        ns_steps=cfg.ns_steps,
-        weight_decay=cfg.weight_decay,
-        others=lookup_tables(model),
-        betas=(cfg.beta1, cfg.beta2),
-        eps=cfg.eps,
-        adamw_scale=cfg.adamw_scale,
-    )
+def build(parameters: List[Parameter], cfg: OptimizerConfig, model: Optional[nn.Module]) -> Muon:
+    """Muon as a level configures it."""
+    return Muon.configured(parameters, cfg, model)

@@ -23,8 +23,8 @@ WORDS = (
     "same along the stream, over the sources seen so far, mean of all looks. Gap: the most by which it was worse than "
     "the release alone. Learning and forgetting: of the releases. Online: loss of every sequence before it is learned "
     "from; beside it, read together with recall, which every method may. Learner and pool: FLOPs in full training "
-    "steps per token of the stream, gate and dreams included. Stored: bytes of text, and what stands beside it, that is "
-    "read again."
+    "steps per token of the stream, gate and dreams included. Stored: bytes of text, and what stands beside it, that "
+    "is read again."
 )
 
 

@@ -58,10 +58,11 @@ class Trials:
         Args:
             about: what people call it, kept with the result.
         """
-        result = {**run_trial(trial, self.base(trial.cfg, trial.data)), "key": about}
+        payload = json.dumps({**run_trial(trial, self.base(trial.cfg, trial.data)), "key": about})
         path = self._file(trial)
-        write_durably(path, json.dumps(result).encode())
+        write_durably(path, payload.encode())
         path.with_suffix(".claim").unlink(missing_ok=True)
+        result: Dict[str, Any] = json.loads(payload)  # as whoever reads the file finds it
         return result
 
     def base(self, cfg: Config, data: TrialData) -> Dict[str, Tensor]:

@@ -170,7 +170,7 @@ def check_forgetting(evidence: Evidence, comparison: Comparison, cfg: GateConfig
         if interval.end(cfg.bound) > budget:
             lost = f"{interval.end(cfg.bound):.3f} bits per byte{_which(cfg)}"
             over.append(f"forgets {source} by {lost}, more than {key}={budget}")
-        if source in evidence.best:
+        if math.isfinite(evidence.best.get(source, math.inf)):
             drift[source] = evidence.candidate[source].bpb - evidence.best[source]
             if drift[source] + interval.end(cfg.bound) - interval.mean > cfg.max_drift:
                 lost = f"{drift[source]:.3f} bits per byte since the best release"

@@ -3,6 +3,7 @@ plans a round again comes to the same plan."""
 
 from __future__ import annotations
 
+import math
 from typing import Dict, Tuple
 
 from pipelines.machine.replan import Adjustment, adjustment
@@ -45,8 +46,16 @@ def seen_sources(state: RunState, rules: Rules, tokens: int) -> Tuple[str, ...]:
 
 
 def best_scores(state: RunState, rules: Rules) -> Dict[str, float]:
-    """Best bits per byte of any row so far, by source."""
-    return {source: min(row["bpb"][source] for row in state.rows) for source in rules.sources}
+    """Best bits per byte of any live release so far, by source, on the text that the gate decides on.
+
+    Rows of the matrix are of other text, which no decision may see. Infinite where no round has measured a source yet.
+    """
+    best = dict.fromkeys(rules.sources, math.inf)
+    for record in state.rounds:
+        for side in ("anchor", "candidate") if record.promoted else ("anchor",):
+            for source, bpb in record.figures.get(side, {}).items():
+                best[source] = min(best.get(source, math.inf), bpb)
+    return best
 
 
 def trained_steps(state: RunState) -> int:

@@ -83,7 +83,6 @@ class OnlineTraining:
         first = self._held(int(keys_B[0]))
         if first is None:  # nothing to replay yet: new text takes its place
             visits, old = visits + old, 0
-        visits = self._whole_passes(visits, B)
         taken = min(visits, B)
         passes = max(1, math.ceil(visits / B)) if visits + old else 0
         # Where not all is trained on, the turn goes round: no place in a batch is favoured.
@@ -91,7 +90,8 @@ class OnlineTraining:
         new_BS, keys_B, note = new_BS[order], keys_B[order.numpy()], _reordered(note, order)
         news = Batch(new_BS, torch.ones(B, dtype=torch.bool, device=new_BS.device), keys_B)
         reading = _Reading(news, taken, note, self.model, self.cfg.compute.precision, self.hook)
-        counts = [visits * (i + 1) // passes - visits * i // passes for i in range(passes)]
+        # The first pass takes all that it can: what it does not train on it has to read for the score alone.
+        counts = [min(B, visits - i * B) for i in range(passes)]
         olds = [old * (i + 1) // passes - old * i // passes for i in range(passes)]
         place = 0
         for i, (count, number) in enumerate(zip(counts, olds, strict=True)):
@@ -118,13 +118,6 @@ class OnlineTraining:
         visits = min(visits, total)
         self.trained, self.fresh = self.trained - total, self.fresh - visits
         return visits, total - visits
-
-    def _whole_passes(self, visits: int, B: int) -> int:
-        """New sequences to train on now, where one pass over the batch is not enough: whole passes, the rest stays due.
-        So the first pass, which scores all new text, trains on all of it, and no write is made of a few sequences."""
-        rest = visits % B if visits > B else 0
-        self.trained, self.fresh = self.trained + rest, self.fresh + rest
-        return visits - rest
 
     def _held(self, key: int) -> Optional[Tuple[Experience, Replay]]:
         bound = visible_before(key)

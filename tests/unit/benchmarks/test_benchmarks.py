@@ -320,49 +320,16 @@ def test_only_what_lies_between_the_markers_changes() -> None:
             readme.fill(broken, "x", "new")
 
 
-def test_comparisons_of_one_regime_share_a_column_if_they_agree() -> None:
-    lead = {"mean": -0.25, "low": -0.5, "high": -0.125}
-
-    def outcome(ours: float, opponent: str) -> dict[str, Any]:
-        found = {
-            "mean_final_bpb": {"circadian": ours, opponent: ours + 0.25},
-            "against": {"mean_final_bpb": {opponent: lead}},
-        }
-        return {"command": opponent, "seeds": [1], "orders": ["A"], "regimes": {"cap5": found}}
-
-    text = readme.render_comparison(outcome(2.0, "mer"), outcome(2.0, "ewc"))
-    assert "| `circadian` | **2.000** |" in text
-    assert "| `mer` | 2.250 (+0.250, +0.125 .. +0.500) |" in text
-    assert "| `ewc` | 2.250 (+0.250, +0.125 .. +0.500) |" in text
-    with pytest.raises(ValueError, match=r"circadian ends at 2\.0 in one comparison and at 2\.5"):
-        readme.render_comparison(outcome(2.0, "mer"), outcome(2.5, "ewc"))
-
-
-def test_other_streams_have_a_line_each_whatever_methods_they_were_run_with() -> None:
-    lead = {"replay_50": {"mean": -0.25, "low": -0.5, "high": -0.125}}
-    found = {"mean_final_bpb": {"circadian": 2.0, "replay_50": 2.25}, "against": {"mean_final_bpb": lead}}
-    outcome = {
-        "command": "circadian compare --scratch --out x/compare-s5-scratch.json",
-        "seeds": [1, 2],
-        "orders": ["A"],
-    }
-    text = readme.render_elsewhere({**outcome, "regimes": {"whole": found}})
-    assert "| the same texts, without a base | 2 | **2.000** |  | 2.250 (+0.250, +0.125 .. +0.500) |  |" in text
-    assert f"* the same texts, without a base: `{outcome['command']}`" in text
-    lead["replay_50"] = {"mean": -0.25, "low": -0.25, "high": -0.25}
-    text = readme.render_elsewhere({**outcome, "regimes": {"whole": found}})
-    assert "| 2.250 (+0.250) |" in text, "one trial has no interval"
-
-
-def test_online_loss_by_reading_bold_as_a_method_reads() -> None:
-    weights, recalled = {"circadian": 2.5, "mer": 2.4, "lora": 2.6}, {"circadian": 2.0, "mer": 1.9, "lora": 2.1}
-    found = {"weights_bpb": weights, "recalled_bpb": recalled, "online_bpb": {**weights, "circadian": 2.0}}
-    soft = {"stream": {"schedule": "soft"}, "command": "circadian compare", "regimes": {"whole": found}}
-    old = {**soft, "regimes": {"whole": {"online_bpb": weights}}}
-    text = readme.render_online(old, soft)
-    assert "| online bits per byte | soft shift, weights alone | soft shift, with recall |" in text
-    assert "| `circadian` | 2.500 | **2.000** |\n| `mer` | **2.400** | 1.900 |" in text and "lora" not in text
-    assert text.count("`circadian compare`") == 1
+def test_runs_of_several_strategies_have_a_row_each() -> None:
+    look = {"tokens": 8, "release": 1, "served": 3.0, "rested": 3.1}
+    one = {
+        "strategy": "circadian", "seed": 1, "final": 3.0, "area": 3.2, "gap": -0.1, "online": 3.5, "recalled": 2.5,
+        "epochs": 2.0, "rounds": 4, "promoted": 3, "seconds": 9.0, "finals": {"a": 3.0}, "looks": [look],
+    }  # fmt: skip
+    runs = [one, {**one, "seed": 2, "final": 3.2}, {**one, "strategy": "replay", "recalled": None}]
+    text = readme.render_real({"runs": runs, "command": "python -m x", "machine": "a machine"})
+    assert "| `circadian` | 3.100 (3.000 .. 3.200) | 3.200 (3.200 .. 3.200) |" in text
+    assert "| `replay` | 3.000 (3.000 .. 3.000) |" in text and "6 of 8" in text and "`python -m x` on a machine" in text
 
 
 def test_writing_makes_the_readme_up_to_date_and_every_change_shows(tmp_path: Path) -> None:

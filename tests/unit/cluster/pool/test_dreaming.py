@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Callable, Dict, List
 
 import numpy as np
 import pytest
 
 from cluster.actors.experience_service import ExperienceService
-from cluster.pool.dreaming import dream_together
+from cluster.pool.dreaming import dream_together, dreams_stored
+from cluster.pool.host import RankHost
 from cluster.storage.releases import Release, Releases
 from nl_model.config import LevelConfig
 from nl_model.model import NestedLM
@@ -21,6 +23,7 @@ from pipelines.data.tokens import ByteTokenizer
 from pipelines.dreams.file import read_dreams
 from pipelines.experience import ExperienceStore, Record, Snapshot, verify
 from pipelines.sleep.plan import RoundPlan
+from pipelines.sleep.round import Pinned
 
 CONTEXT, STREAMED = 16, 60
 PLAN = RoundPlan(4, 1, 10, STREAMED - 1, "fast", 0, 640, 6, 5, dreams_stored=7)
@@ -69,6 +72,7 @@ def test_a_release_brings_its_dreams_into_the_store_once(
     assert np.array_equal(later.tokens, share.tokens) and later.record is None, "other ranks read what rank 0 wrote"
 
     releases.publish(Release(1, 0, 4, 1, STREAMED - 1, 640, "", [], {"dreams": share.record}))
+    assert dreams_stored(releases, 1) == 12
     for _ in range(2):  # a coordinator that died after the append tells it again, to a new service
         first, second = served(tmp_path / "store", directory, 2)
         assert first == second
@@ -89,9 +93,18 @@ def test_an_attempt_after_a_crash_dreams_the_same(
     assert found[0] == found[1]
 
 
-def test_without_a_share_nobody_dreams(
-    make_config: Callable[..., Config], model: NestedLM, snapshot: Snapshot, tmp_path: Path
+@pytest.mark.parametrize(("share", "steps"), [(0.0, 6), (0.25, 0)], ids=["no share", "no steps"])
+def test_without_a_share_of_any_step_nobody_dreams(
+    share: float,
+    steps: int,
+    make_config: Callable[..., Config],
+    model: NestedLM,
+    snapshot: Snapshot,
+    tmp_path: Path,
 ) -> None:
-    cfg = make_config(dreams=replace(CFG, share=0.0))
-    share = dream_together(cfg, PLAN, snapshot, model, tmp_path, ByteTokenizer(), (0, 1))
-    assert share.tokens is None and share.record is None and not read_dreams(tmp_path)
+    cfg, pinned = (
+        make_config(dreams=replace(CFG, share=share)),
+        Pinned(replace(PLAN, steps=steps), snapshot, {}, {}, {}),
+    )
+    found = RankHost.dream(SimpleNamespace(cfg=cfg, directory=tmp_path), pinned, model)  # type: ignore[arg-type]
+    assert found.tokens is None and found.record is None and not read_dreams(tmp_path)

@@ -16,6 +16,7 @@ from pipelines.data.module import open_setting
 from pipelines.data.stream import Sequence
 from pipelines.experience import ExperienceStore, Snapshot
 from pipelines.sleep.base import BaseBatches, base_hash, base_records, base_sequences, base_steps
+from pipelines.sleep.training import Place
 
 BOTH = ["a", "c"]
 
@@ -129,7 +130,8 @@ def test_every_sequence_is_visited_once_per_pass(sequences: List[Sequence], size
     batches, names = BaseBatches(some, size, seed=1), [s.tokens.tobytes() for s in some]
     visited: List[bytes] = []
     for step in range(3 * 23 // size + 1):
-        tokens, mask = batches.batch(step)
+        batch = batches.batch(step)
+        tokens, mask = batch.tokens_BS, batch.recent_B
         assert tokens.shape == (size, 17) and tokens.dtype == torch.int64
         assert mask.shape == (size,) and bool(mask.all())
         visited += [row.numpy().astype(some[0].tokens.dtype).tobytes() for row in tokens]
@@ -141,20 +143,20 @@ def test_every_sequence_is_visited_once_per_pass(sequences: List[Sequence], size
 
 def test_base_batches_are_a_pure_function_of_the_step(sequences: List[Sequence]) -> None:
     one, two = BaseBatches(sequences, 6, seed=1), BaseBatches(sequences, 6, seed=1)
-    first = [one.batch(step)[0] for step in range(8)]
-    assert all(torch.equal(two.batch(step)[0], first[step]) for step in reversed(range(8)))
-    assert not torch.equal(BaseBatches(sequences, 6, seed=2).batch(0)[0], first[0])
+    first = [one.batch(step).tokens_BS for step in range(8)]
+    assert all(torch.equal(two.batch(step).tokens_BS, first[step]) for step in reversed(range(8)))
+    assert not torch.equal(BaseBatches(sequences, 6, seed=2).batch(0).tokens_BS, first[0])
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_ranks_share_a_base_batch_without_rest(sequences: List[Sequence], world: int) -> None:
     batches = BaseBatches(sequences, 6, seed=1)
-    whole = batches.batch(40)[0]
+    whole = batches.batch(40).tokens_BS
     together = torch.empty_like(whole)
     for rank in range(world):
-        share, mask = batches.batch(40, rank, world)
-        assert len(share) == len(mask) == 6 // world
-        together[rank::world] = share
+        share = batches.batch(40, Place(rank, world))
+        assert len(share.tokens_BS) == len(share.recent_B) == 6 // world
+        together[rank::world] = share.tokens_BS
     assert torch.equal(together, whole)
 
 

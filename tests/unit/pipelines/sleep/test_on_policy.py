@@ -22,13 +22,13 @@ from pipelines.config.sleep import ImitationConfig, SleepConfig
 from pipelines.sleep.on_policy import (
     GUIDE,
     STUDENT,
-    Said,
+    Continuation,
     advantage,
+    continue_text,
     imitation_reward,
     levenshtein,
     on_policy_loss,
     prompt_length,
-    speak,
     surface_reward,
     uniforms,
 )
@@ -68,28 +68,28 @@ def test_the_kind_of_a_step_is_drawn_by_its_seed() -> None:
 def test_text_depends_on_keys_and_not_on_ranks(models: List[NestedLM]) -> None:
     draws = uniforms(3, 8, KEYS, N, STUDENT)
     assert draws.shape == (B, N) and float(draws.min()) >= 0 and float(draws.max()) < 1
-    whole = speak(models[0], prompts(), draws)
+    whole = continue_text(models[0], prompts(), draws)
     for rank in range(2):
-        share = speak(models[0], prompts()[rank::2], uniforms(3, 8, KEYS[rank::2], N, STUDENT))
+        share = continue_text(models[0], prompts()[rank::2], uniforms(3, 8, KEYS[rank::2], N, STUDENT))
         assert torch.equal(share.sequences_BS, whole.sequences_BS[rank::2])
     others: Sequence[Tuple[Any, ...]] = [(4, 8, KEYS, N, STUDENT), (3, 9, KEYS, N, STUDENT), (3, 8, KEYS, N, GUIDE)]
     for other in others:
         assert not np.isin(uniforms(*other), draws).any()
     assert uniforms(3, 8, KEYS[:0], N, STUDENT).shape == (0, N)
-    assert speak(models[0], prompts(0), uniforms(3, 8, KEYS[:0], N, STUDENT)).sequences_BS.shape == (0, P + N)
+    assert continue_text(models[0], prompts(0), uniforms(3, 8, KEYS[:0], N, STUDENT)).sequences_BS.shape == (0, P + N)
 
 
 def test_speaking_follows_the_model(models: List[NestedLM]) -> None:
     model = models[0]
-    said = speak(model, prompts(), uniforms(3, 8, KEYS, N, STUDENT))
-    assert said.prompt == P and torch.equal(said.sequences_BS[:, :P], prompts())
+    mine = continue_text(model, prompts(), uniforms(3, 8, KEYS, N, STUDENT))
+    assert mine.prompt == P and torch.equal(mine.sequences_BS[:, :P], prompts())
     with torch.no_grad():
-        nll = model.nll(said.sequences_BS)[:, P - 1 :]
-    torch.testing.assert_close(said.log_p_Bn.float(), -nll, rtol=1e-4, atol=1e-5)
-    likely = speak(model, prompts(), np.zeros((B, 1))).sequences_BS[:, -1]
+        nll = model.nll(mine.sequences_BS)[:, P - 1 :]
+    torch.testing.assert_close(mine.log_p_Bn.float(), -nll, rtol=1e-4, atol=1e-5)
+    likely = continue_text(model, prompts(), np.zeros((B, 1))).sequences_BS[:, -1]
     assert torch.equal(likely, torch.zeros(B, dtype=torch.int64)), "the first token has the lowest numbers"
     draws = (np.arange(4000)[:, None] + 0.5) / 4000
-    one = speak(model, prompts(1).expand(4000, P), draws).sequences_BS[:, -1]
+    one = continue_text(model, prompts(1).expand(4000, P), draws).sequences_BS[:, -1]
     with torch.no_grad():
         expected = model(prompts(1))[0, -1].softmax(-1)
     torch.testing.assert_close(torch.bincount(one, minlength=V) / 4000, expected, rtol=0, atol=1 / 4000)
@@ -99,8 +99,8 @@ def test_a_sharp_model_says_what_generation_says(models: List[NestedLM]) -> None
     model = models[0]
     with torch.no_grad():
         model.head.weight.mul_(1e7)
-    said = speak(model, prompts(), uniforms(3, 8, KEYS, N, STUDENT))
-    assert torch.equal(said.sequences_BS, complete(model, prompts(), N, SamplingConfig(temperature=0.0)))
+    mine = continue_text(model, prompts(), uniforms(3, 8, KEYS, N, STUDENT))
+    assert torch.equal(mine.sequences_BS, complete(model, prompts(), N, SamplingConfig(temperature=0.0)))
 
 
 def test_check_26_no_gradient_flows_through_sampling(models: List[NestedLM]) -> None:
@@ -113,11 +113,11 @@ def test_check_26_no_gradient_flows_through_sampling(models: List[NestedLM]) -> 
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        said = speak(student, prompts(), uniforms(3, 8, KEYS, N, STUDENT))
-    assert kept == [] and said.log_p_Bn.grad_fn is None and not said.sequences_BS.requires_grad
+        mine = continue_text(student, prompts(), uniforms(3, 8, KEYS, N, STUDENT))
+    assert kept == [] and mine.log_p_Bn.grad_fn is None and not mine.sequences_BS.requires_grad
     recent = torch.ones(B, dtype=torch.bool)
     gradients = []
-    for text in (said, Said(said.sequences_BS.clone(), P, torch.zeros(B, N))):
+    for text in (mine, Continuation(mine.sequences_BS.clone(), P, torch.zeros(B, N))):
         with torch.no_grad():
             guides = {"teacher": teacher(text.sequences_BS[:, :-1])}
         rewards = {"teacher": torch.linspace(0, 1, B)}
@@ -166,20 +166,20 @@ def test_check_26_identical_texts_earn_1_and_those_beyond_the_cutoff_0() -> None
 
 def test_the_semantic_reward_is_the_guides_own_verdict(models: List[NestedLM]) -> None:
     _, teacher, _ = models
-    own = speak(teacher, prompts(), uniforms(3, 8, KEYS, N, GUIDE))
+    own = continue_text(teacher, prompts(), uniforms(3, 8, KEYS, N, GUIDE))
     odd = own.sequences_BS.clone()
     with torch.no_grad():
         unlikely = teacher(own.sequences_BS[:, :-1])[:, -1].argmin(-1)
         odd[:, -1] = torch.where(torch.arange(B) % 2 == 0, unlikely, odd[:, -1])
         logits = teacher(odd[:, :-1])
-    said = Said(odd, P, torch.zeros(B, N))
-    reward = imitation_reward(said, logits, own, ImitationConfig(semantic=1.0, threshold=0.01))
+    mine = Continuation(odd, P, torch.zeros(B, N))
+    reward = imitation_reward(mine, logits, own, ImitationConfig(semantic=1.0, threshold=0.01))
     assert reward.dtype == torch.float32 and set(reward.tolist()) <= {0.0, 1.0}
     assert bool((reward[1::2] == 1).all()), "its own text contents it"
     drop = own.log_p_Bn[:, -1] - logits[:, -1].double().log_softmax(-1).gather(1, odd[:, -1:])[:, 0]
     assert torch.equal(reward[::2] == 0, drop[::2] / N > 0.01) and float(reward.min()) == 0
-    assert bool((imitation_reward(said, logits, own, ImitationConfig(semantic=1.0, threshold=1e3)) == 1).all())
-    mixed = imitation_reward(said, logits, own, ImitationConfig(semantic=0.25, threshold=0.01, cutoff=N))
+    assert bool((imitation_reward(mine, logits, own, ImitationConfig(semantic=1.0, threshold=1e3)) == 1).all())
+    mixed = imitation_reward(mine, logits, own, ImitationConfig(semantic=0.25, threshold=0.01, cutoff=N))
     changed = odd[:, -1] != own.sequences_BS[:, -1]
     torch.testing.assert_close(mixed, 0.25 * reward + 0.75 * torch.where(changed, 1 - 1 / N, 1.0))
 
@@ -194,8 +194,8 @@ def test_the_baseline_of_a_sequence_is_the_mean_of_the_others() -> None:
 def test_the_loss_is_the_formula(models: List[NestedLM]) -> None:
     student, teacher, anchor = models
     recent = torch.tensor([True, True, True, False, False, False])
-    said = speak(student, prompts(), uniforms(3, 8, KEYS, N, STUDENT))
-    inputs, targets = said.sequences_BS[:, :-1], said.sequences_BS[:, 1:]
+    mine = continue_text(student, prompts(), uniforms(3, 8, KEYS, N, STUDENT))
+    inputs, targets = mine.sequences_BS[:, :-1], mine.sequences_BS[:, 1:]
     with torch.no_grad():
         guides = {"teacher": teacher(inputs[recent]), "anchor": anchor(inputs[~recent])}
         logits, nll = student(inputs), token_nll(student(inputs), targets)
@@ -203,36 +203,38 @@ def test_the_loss_is_the_formula(models: List[NestedLM]) -> None:
     for share, factor in ((0.0, 1.0), (0.25, 1.0), (1.0, 0.5)):
         cfg = replace(CFG, imitation=ImitationConfig(weight=share))
         given_rewards = rewards if share else {}
-        loss, parts = on_policy_loss(logits, said, recent, guides, given_rewards, cfg, factor)
+        loss, parts = on_policy_loss(logits, mine, recent, guides, given_rewards, cfg, factor)
         expected = 0.0
         for name, rows, weight in (("teacher", slice(0, 3), 0.4 * factor), ("anchor", slice(3, 6), 0.3 * factor)):
             truth = nll[rows, : P - 1].mean(1)
             diverged = forward_kl(logits[rows, P - 1 :], guides[name][:, P - 1 :]).mean(1)
             rewarded = advantage(rewards[name]) * nll[rows, P - 1 :].mean(1)
             expected += float(((1 - weight) * truth + weight * ((1 - share) * diverged + share * rewarded)).sum())
-            assert float(parts[f"said_{name}"]) == pytest.approx(float(diverged.mean()), rel=1e-5)
+            assert float(parts[f"on_policy_{name}"]) == pytest.approx(float(diverged.mean()), rel=1e-5)
         assert float(loss) == pytest.approx(expected / B, rel=1e-5)
         assert ("reward_anchor" in parts) == bool(share)
-    alone, parts = on_policy_loss(logits, said, recent, {"anchor": guides["anchor"]}, {}, CFG)
-    assert set(parts) == {"said_anchor"} and float(alone) != float(loss)
+    alone, parts = on_policy_loss(logits, mine, recent, {"anchor": guides["anchor"]}, {}, CFG)
+    assert set(parts) == {"on_policy_anchor"} and float(alone) != float(loss)
 
 
 def test_the_reward_reaches_the_student_as_its_true_gradient() -> None:
     """The expected gradient, over every text of two tokens by its probability, is that of the expected reward."""
     size, count = 4, 2
     logits = torch.randn(count, size, generator=torch.Generator().manual_seed(2), dtype=torch.float64).requires_grad_()
-    said = torch.tensor(list(itertools.product(range(size), repeat=count)))
-    reward = torch.rand(len(said), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    mine = torch.tensor(list(itertools.product(range(size), repeat=count)))
+    reward = torch.rand(len(mine), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
     def probability() -> Tensor:
-        return logits.log_softmax(-1).expand(len(said), -1, -1).gather(2, said[:, :, None])[..., 0].sum(1).exp()
+        return logits.log_softmax(-1).expand(len(mine), -1, -1).gather(2, mine[:, :, None])[..., 0].sum(1).exp()
 
     (exact,) = torch.autograd.grad((probability() * reward).sum(), logits)
     weights = probability().detach()
     total = torch.zeros_like(logits)
     everything = replace(CFG, teacher=1.0, imitation=ImitationConfig(weight=1.0))
-    for (i, one), (j, two) in itertools.product(enumerate(said), repeat=2):  # a batch of two independent texts
-        text = Said(torch.cat((torch.zeros(2, 2, dtype=torch.int64), torch.stack((one, two))), 1), 2, torch.zeros(2, 2))
+    for (i, one), (j, two) in itertools.product(enumerate(mine), repeat=2):  # a batch of two independent texts
+        text = Continuation(
+            torch.cat((torch.zeros(2, 2, dtype=torch.int64), torch.stack((one, two))), 1), 2, torch.zeros(2, 2)
+        )
         full = torch.cat((torch.zeros(1, size, dtype=torch.float64), logits))[None].expand(2, -1, -1)
         guides, rewards = {"teacher": torch.zeros(2, 3, size)}, {"teacher": reward[[i, j]]}
         loss, _ = on_policy_loss(full, text, torch.tensor([True, True]), guides, rewards, everything)

@@ -11,6 +11,8 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from nl_model.config import LevelConfig
@@ -21,6 +23,7 @@ from pipelines.sleep.batches import RoundBatches
 from pipelines.sleep.losses import guide_logits, merge_weights, sleep_loss
 from pipelines.sleep.plan import RoundPlan, num_steps
 from pipelines.sleep.schedule import learning_rate, mixing
+from pipelines.sleep.training import Place
 
 CONTEXT, BASE, STREAMED = 16, 9, 40
 FIRST, LAST = 22, 36
@@ -66,8 +69,10 @@ def test_batches_are_a_pure_function_of_the_plan(snapshot: Snapshot) -> None:
     forwards = [one.batch(step) for step in range(12)]
     for step in reversed(range(12)):  # neither order nor earlier calls matter
         np.random.seed(step)
-        tokens, recent = two.batch(step)
-        assert torch.equal(tokens, forwards[step][0]) and torch.equal(recent, forwards[step][1])
+        batch, before = two.batch(step), forwards[step]
+        tokens, recent = batch.tokens_BS, batch.recent_B
+        assert torch.equal(tokens, before.tokens_BS) and torch.equal(recent, before.recent_B)
+        assert np.array_equal(batch.keys_B, before.keys_B)
         assert tokens.shape == (8, CONTEXT + 1) and tokens.dtype == torch.int64 and recent.dtype == torch.bool
 
 
@@ -81,14 +86,14 @@ def test_other_rounds_draw_other_batches(snapshot: Snapshot, changed: Dict[str, 
 def test_ranks_share_a_batch_without_rest(snapshot: Snapshot, world: int) -> None:
     batches = RoundBatches(snapshot, plan(), CFG)
     for step in range(4):
-        tokens, recent = batches.batch(step)
-        shares = [batches.batch(step, rank, world) for rank in range(world)]
-        assert [len(share) for share, _ in shares] == [8 // world] * world
-        whole = torch.empty_like(tokens)
-        mask = torch.empty_like(recent)
-        for rank, (share, flags) in enumerate(shares):
-            whole[rank::world], mask[rank::world] = share, flags
-        assert torch.equal(whole, tokens) and torch.equal(mask, recent)
+        batch = batches.batch(step)
+        shares = [batches.batch(step, Place(rank, world)) for rank in range(world)]
+        assert [len(share.tokens_BS) for share in shares] == [8 // world] * world
+        whole, mask, keys = torch.empty_like(batch.tokens_BS), torch.empty_like(batch.recent_B), batch.keys_B.copy()
+        for rank, share in enumerate(shares):
+            whole[rank::world], mask[rank::world], keys[rank::world] = share.tokens_BS, share.recent_B, share.keys_B
+        assert torch.equal(whole, batch.tokens_BS) and torch.equal(mask, batch.recent_B)
+        assert np.array_equal(keys, batch.keys_B)
 
 
 @pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.25, 2), (0.5, 4), (1.0, 8)])
@@ -126,7 +131,7 @@ def test_old_experience_reaches_back_to_the_base_and_never_draws_what_is_quarant
 def test_tokens_are_those_that_were_stored(snapshot: Snapshot) -> None:
     batches = RoundBatches(snapshot, plan(), CFG)
     rows, _ = batches.rows(1)
-    for row, tokens in zip(rows, batches.batch(1)[0], strict=True):
+    for row, tokens in zip(rows, batches.batch(1).tokens_BS, strict=True):
         assert tokens.tolist() == record(int(snapshot.keys[row])).tokens.tolist()
 
 
@@ -135,8 +140,8 @@ def test_without_old_experience_all_of_a_batch_is_recent(tmp_path: Path) -> None
         store.append([record(key) for key in range(16)])
         store.commit()
     batches = RoundBatches(Snapshot.open(tmp_path / "store"), plan(first_key=0, last_key=15), CFG)
-    tokens, recent = batches.batch(0)
-    assert len(tokens) == 8 and bool(recent.all())
+    batch = batches.batch(0)
+    assert len(batch.tokens_BS) == 8 and bool(batch.recent_B.all())
 
 
 def test_a_round_whose_recent_experience_is_quarantined_replays_old_experience(snapshot: Snapshot) -> None:
@@ -154,18 +159,28 @@ def test_a_round_without_usable_experience_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("recent", "values", "steps"),
+    ("rows", "values", "steps"),
     [
         (1184, {"tokens_per_token": 0.75, "batch": 8}, 111),
-        (1185, {"tokens_per_token": 0.75, "batch": 8}, 112),
+        (1185, {"tokens_per_token": 0.75, "batch": 8}, 111),
+        (1195, {"tokens_per_token": 0.75, "batch": 8}, 112),
         (1, {}, 1),
-        (100, {"tokens_per_token": 0.0}, 1),
+        (100, {"tokens_per_token": 0.0}, 0),
         (1000, {"tokens_per_token": 2.0, "batch": 4, "max_steps": 40}, 40),
         (10, {"tokens_per_token": 2.0, "batch": 4, "max_steps": 40}, 5),
     ],
 )
-def test_num_steps(recent: int, values: Dict[str, float], steps: int) -> None:
-    assert num_steps(replace(SleepConfig(), **values), recent) == steps  # type: ignore[arg-type]
+def test_num_steps(rows: int, values: Dict[str, float], steps: int) -> None:
+    assert num_steps(replace(SleepConfig(), **values), 0, rows - 1) == steps  # type: ignore[arg-type]
+
+
+@given(st.lists(st.integers(4, 300), min_size=1, max_size=12), st.floats(0.5, 3.0), st.sampled_from([1, 2, 4]))
+def test_rounds_add_up_however_the_stream_is_cut(lengths: List[int], per_token: float, batch: int) -> None:
+    cfg, ends = SleepConfig(tokens_per_token=per_token, batch=batch), list(itertools.accumulate(lengths))
+    steps = [num_steps(cfg, last - length, last - 1) for last, length in zip(ends, lengths, strict=True)]
+    assert all(step >= 1 for step in steps)
+    short = sum(per_token * length / batch < 2 for length in lengths)  # a round has one step at least
+    assert abs(sum(steps) - per_token * ends[-1] / batch) <= 1 + short
 
 
 def test_the_learning_rate_warms_up_and_falls_to_its_floor() -> None:
@@ -199,7 +214,7 @@ def test_what_a_round_reads_is_known_before(snapshot: Snapshot) -> None:
     assert len(RoundBatches(snapshot, plan(), replace(CFG, recent=0.0)).visited(5)) == 0
     whole = batches.keys(3)
     assert whole.tolist() == [key for part in keys(batches, 3) for key in part]
-    assert batches.keys(3, 1, 4).tolist() == whole[1::4].tolist()
+    assert batches.keys(3, Place(1, 4)).tolist() == whole[1::4].tolist()
 
 
 Models = Tuple[NestedLM, NestedLM, NestedLM]
@@ -214,7 +229,8 @@ def models(make_model: Callable[..., NestedLM], make_levels: Callable[..., Dict[
 
 @pytest.fixture
 def batch(snapshot: Snapshot) -> Tuple[Tensor, Tensor]:
-    return RoundBatches(snapshot, plan(), replace(CFG, recent=0.25)).batch(0)
+    found = RoundBatches(snapshot, plan(), replace(CFG, recent=0.25)).batch(0)
+    return found.tokens_BS, found.recent_B
 
 
 def by_hand(models: Models, tokens: Tensor, recent: Tensor, teacher_weight: float, anchor_weight: float) -> float:

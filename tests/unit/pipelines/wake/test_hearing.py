@@ -9,17 +9,18 @@ from typing import Any, Iterator, List
 import numpy as np
 import pytest
 
-from cluster.actors import learner
 from nl_model.recall import ROWS, Recall
-from pipelines.experience import ExperienceStore, Record, dream_key
+from pipelines.experience import ExperienceStore, Record, Snapshot, dream_key
+from pipelines.wake import learner
 
 CONTEXT = 16
 
 
 def hear(run_dir: Path, last_key: int) -> Recall:
-    """`OnlineLearner._hear` on a store, without the rest of a learner."""
+    """`Learner._hear` on a store, without the rest of a learner."""
     recall, cfg = Recall(1 << 12), SimpleNamespace(model=SimpleNamespace(context=CONTEXT))
-    learner.OnlineLearner._hear(SimpleNamespace(cfg=cfg, run_dir=run_dir), recall, last_key)  # type: ignore[arg-type]
+    host = SimpleNamespace(experience=lambda: Snapshot.open(run_dir / "store"))
+    learner.Learner._hear(SimpleNamespace(cfg=cfg, host=host, last_key=last_key), recall)  # type: ignore[arg-type]
     return recall
 
 

@@ -15,11 +15,12 @@ from nl_model.config import LevelConfig, OptimizerConfig
 from nl_model.model import NestedLM
 from nl_model.recall import Recall
 from nl_model.weights import load_into, load_tensors, parameters_of, save_tensors
-from pipelines.config.schema import ComputeConfig, Config
+from pipelines.config.schema import Config
 from pipelines.data.module import Setting, open_setting
 from pipelines.data.stream import Sequence
 from pipelines.experience import ExperienceStore, Record, Snapshot
-from pipelines.wake.awake import Awake, Log, StepReport
+from pipelines.wake.awake import Awake, Log
+from pipelines.wake.report import StepReport
 
 MakeAwake = Callable[..., Awake]
 SGD = OptimizerConfig(name="sgd", lr=0.1, beta1=0.0, clip=0.0)
@@ -39,10 +40,13 @@ def batches(setting: Setting) -> List[List[Sequence]]:
 
 @pytest.fixture
 def make_awake(
-    make_model: Callable[..., NestedLM], make_levels: Callable[..., Dict[str, LevelConfig]]
+    make_model: Callable[..., NestedLM],
+    make_levels: Callable[..., Dict[str, LevelConfig]],
+    make_config: Callable[..., Config],
 ) -> Callable[..., Awake]:
     def make(seed: int = 0, optimizer: OptimizerConfig | None = None) -> Awake:
-        return Awake(make_model(make_levels(optimizer=optimizer), 257, seed), ComputeConfig())
+        levels = make_levels(optimizer=optimizer)
+        return Awake(make_model(levels, 257, seed), make_config(levels=levels))
 
     return make
 
@@ -276,7 +280,7 @@ def test_adoption_replaces_the_slow_levels_and_shifts_the_fast_ones(
         other = make_model(awake.model.level_configs, 257, seed=release)
         slow, offset = parameters_of(other, "pool"), parameters_of(other, "learner")
         shift = torch.cat([(offset[n] - awake.offset[n]).flatten() for n in offset]).double().norm()
-        norm = awake.adopt(release, slow, offset)
+        norm = awake.adopt(release, weights(other), offset)
         assert norm == pytest.approx(float(shift), rel=1e-6)
         assert awake.release == release
         assert same(parameters_of(awake.model, "pool"), slow)
@@ -291,14 +295,14 @@ def test_what_is_learned_after_an_adoption_is_kept_by_the_next(
     make_awake: MakeAwake, make_model: Callable[..., NestedLM], batches: List[List[Sequence]]
 ) -> None:
     awake = make_awake(optimizer=SGD)
-    slow = parameters_of(awake.model, "pool")
     pinned = awake.unshifted()
     for batch in batches[:8]:
         awake.step(batch, forget)
     learned = {n: u - pinned[n] for n, u in awake.unshifted().items()}
     assert all(delta.abs().max() > 1e-4 for delta in learned.values())
     rest = parameters_of(make_model(awake.model.level_configs, 257, seed=5), "learner")
-    awake.adopt(1, slow, {n: rest[n] - pinned[n] for n in rest})
+    awake.adopt(1, {**weights(awake.model), **rest}, {n: rest[n] - pinned[n] for n in rest})
+    assert same(awake.rest, rest)
     assert close(parameters_of(awake.model, "learner"), {n: rest[n] + learned[n] for n in rest})
 
 
@@ -307,7 +311,7 @@ def test_the_next_records_name_the_release_that_scored_them(
 ) -> None:
     awake = make_awake()
     awake.step(batches[0], durable(store))
-    awake.adopt(3, parameters_of(awake.model, "pool"), awake.offset)
+    awake.adopt(3, weights(awake.model), awake.offset)
     awake.step(batches[1], durable(store))
     records = Snapshot.open(tmp_path / "store").records(np.arange(4))
     assert [record.release for record in records] == [0, 0, 3, 3]
@@ -325,7 +329,7 @@ def test_a_state_is_taken_up_exact_to_the_bit(
         awake = make_awake()
         awake.step(batches[0], forget)
         offset = parameters_of(make_model(awake.model.level_configs, 257, seed=9), "learner")
-        awake.adopt(2, parameters_of(awake.model, "pool"), offset)
+        awake.adopt(2, weights(awake.model), offset)
         for batch in batches[1:cut]:
             awake.step(batch, forget)
         return awake
