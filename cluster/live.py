@@ -236,7 +236,7 @@ def describe(event: Event) -> str:
             f"{_scores(event.get('row') or {})}"
         ),
         "control_finished": lambda: (
-            f"control {event.get('strategy')} lr {event.get('learning_rate'):g} ended: mean {_score(event.get('mean'))} bpb"
+            f"control {event.get('strategy')} lr {event.get('learning_rate'):g} ended: {_ending(event)}"
         ),
         "no_controls": lambda: f"no controls: {event.get('reason')}",
         "look": lambda: _describe_look(event),
@@ -304,6 +304,10 @@ def _render_rounds(state: ViewState) -> Table:
         gate = describe_round(view.state, view.figures).partition(": ")[2] if view.state in DECISIONS else ""
         table.add_row(str(number), Text(view.state, style=DECISIONS.get(view.state, "")), progress, Text(gate))
     return table
+
+
+def _ending(event: Event) -> str:
+    return "it diverged" if event.get("mean") is None else f"mean {event['mean']:.2f} bpb"
 
 
 def _describe_look(event: Event) -> str:

@@ -15,6 +15,7 @@ from nl_model.config import ordered_levels
 from nl_model.model import NestedLM, resolve_device
 from nl_model.recall import LENGTHS
 from pipelines.config.schema import Config
+from pipelines.machine.control import at_once
 
 MIB = 1 << 20
 FLOAT = 4
@@ -45,6 +46,8 @@ REMEDIES = {
     "teacher": "lower model.dim, model.blocks or levels.*.width",
     "anchor": "lower model.dim, model.blocks or levels.*.width",
     "releases": "lower model.dim, model.blocks or levels.*.width",
+    "rest and round": "lower model.dim, model.blocks or levels.*.width, or give control.enabled=false",
+    "checkpoint": "lower model.dim, model.blocks or levels.*.width, or give control.enabled=false",
     "object store": "lower ray.object_store_mb",
     "interpreter": "use a machine with more memory",
     "daemons": "use a machine with more memory",
@@ -52,7 +55,7 @@ REMEDIES = {
 ACTIVATIONS = {
     "learner": "lower wake.batch or model.context",
     "pool rank": "set pool.micro_batch, lower sleep.batch, base.batch or model.context, or raise pool.ranks",
-    "control": "lower wake.batch or model.context",
+    "control": "lower wake.batch, sleep.batch or model.context, or give control.enabled=false",
 }
 
 
@@ -115,11 +118,15 @@ def estimate(cfg: Config, vocab_size: int) -> Dict[str, Dict[str, int]]:
         "releases": release + release // cfg.pool.ranks,  # one being adopted, and the bytes of a shard being checked
     }
     found["pool rank"] |= _rank(cfg, vocab_size, total, release)
+    moments, batch = _moments(cfg.sleep.optimizer.name) * weights, max(cfg.wake.batch, cfg.sleep.batch)
     found["control"] |= {
         "weights": weights,
         "gradients": weights,
-        "moments": _moments(cfg.sleep.optimizer.name) * weights,
-        "activations": activation_bytes(cfg, vocab_size, cfg.wake.batch, False, 3) + passing_bytes(cfg, cfg.wake.batch),
+        "moments": moments,
+        "rest and round": 5 * weights,  # the learner's rest and offset; anchor, awake model and candidate
+        "releases": 8 * weights,  # base, live, the one before and the mark's, each with an offset
+        "checkpoint": 2 * weights + moments,
+        "activations": activation_bytes(cfg, vocab_size, batch, False, 3) + passing_bytes(cfg, batch),
     }
     if cfg.ray.address is None:
         found["ray"] = {"daemons": RAY_DAEMONS * MIB, "object store": cfg.ray.object_store_mb * MIB}
@@ -169,8 +176,7 @@ def _pass(cfg: Config, vocab_size: int, share: int, logits: int) -> int:
 
 def processes(cfg: Config) -> Dict[str, int]:
     """How many processes of each kind a run has."""
-    controls = len(cfg.control.learning_rates) if cfg.trains_controls else 0
-    counts = dict.fromkeys(INTERPRETERS, 1) | {"pool rank": cfg.pool.ranks, "control": controls}
+    counts = dict.fromkeys(INTERPRETERS, 1) | {"pool rank": cfg.pool.ranks, "control": at_once(cfg)}
     return counts if cfg.ray.address is not None else counts | {"ray": 1}
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import List
+from typing import Any, Dict, List
 
 from pipelines.machine.actions import Action, Record
 from pipelines.machine.rules import Rules
 from pipelines.machine.state import RunState
-from pipelines.wake.report import LearnerReport
+from pipelines.wake.report import LearnerReport, Look
 
 
 def note_report(state: RunState, rules: Rules, report: LearnerReport) -> List[Action]:
@@ -27,16 +27,17 @@ def note_report(state: RunState, rules: Rules, report: LearnerReport) -> List[Ac
         actions += _quarantine(state, source, origin, reason)
     if report.steps:
         actions.append(_note_wake(state, rules, report))
-    return [*actions, *(Record("look", dict(vars(look))) for look in report.looks)]
+    return [*actions, *(Record("look", _told(look)) for look in report.looks)]
 
 
 def _note_wake(state: RunState, rules: Rules, report: LearnerReport) -> Record:
     tokens = len(report.steps) * rules.step_tokens
+    seconds = max(0.0, report.seconds - sum(look.seconds for look in report.looks))
     done = {
         "steps": float(len(report.steps)),
         "tokens": float(tokens),
         "inside": sum(step.seconds for step in report.steps),
-        "wall": report.seconds,
+        "wall": seconds,
         "waited": sum(step.waited for step in report.steps),
     }
     for key, value in done.items():
@@ -44,12 +45,16 @@ def _note_wake(state: RunState, rules: Rules, report: LearnerReport) -> Record:
     state.flops["wake"] = report.tokens * rules.wake_flops
     told = {
         "tokens": report.tokens,
-        "seconds": report.seconds,
-        "tokens_per_second": tokens / max(report.seconds, 1e-9),
+        "seconds": seconds,
+        "tokens_per_second": tokens / max(seconds, 1e-9),
         "steps": [dict(vars(step)) for step in report.steps],
         "release": report.release,
     }
     return Record("wake", told)
+
+
+def _told(look: Look) -> Dict[str, Any]:
+    return {"tokens": look.tokens, "release": look.release, "served": look.served, "rested": look.rested}
 
 
 def _quarantine(state: RunState, source: str, origin: str, reason: str) -> List[Action]:

@@ -130,11 +130,8 @@ def control_facts(summary: Mapping[str, Any]) -> list[str]:
         if not tried:
             continue
         shown = ", ".join(f"{trial['learning_rate']:g} ({bits(trial.get('mean_final_bpb'))})" for trial in tried)
-        edge = ", the best at the edge of what was tried: smaller or larger ones may be better"
-        facts.append(
-            f"{name}: step size {figures['learning_rate']:g}{edge if figures.get('edge') else ''}; tried, with their "
-            f"final means: {shown}"
-        )
+        edge = ", best at the edge of what was tried" if figures.get("edge") else ""
+        facts.append(f"{name}: step size {figures['learning_rate']:g}{edge}; tried, with their final means: {shown}")
     return facts
 
 
@@ -142,7 +139,10 @@ def render_summary_table(summary: Mapping[str, Any]) -> Table:
     """The run against its controls for the terminal: headline figures, then each source. The best side is bold."""
     names = [name for name, _ in sides(summary)]
     caption = ["bits per byte on held-out text; lower is better", *control_facts(summary)]
-    table = Table(title=" | ".join(names), caption="\n".join(text.replace("[", r"\[") for text in caption))
+    table = Table(
+        title=f"{names[0]} and {'its controls' if len(names) > 2 else names[1]}",
+        caption="\n".join(text.replace("[", r"\[") for text in caption),
+    )
     table.add_column("")
     for name in names:
         table.add_column(name, justify="right")

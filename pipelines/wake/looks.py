@@ -6,6 +6,7 @@ what is learned awake must not cost more than it brings.
 
 from __future__ import annotations
 
+import time
 from typing import Dict, List, Tuple
 
 import torch
@@ -41,6 +42,7 @@ class Looks:
         """
         if last and self.probes is not self.whole:
             self.probes, self.rested = self.whole, (-1, {})
+        start = time.perf_counter()
         sources = [s for s in dict.fromkeys([*self.base, *streamed]) if s in self.probes]
         weights = {name: p.detach() for name, p in awake.model.named_parameters()}
         number, known = self.rested
@@ -50,7 +52,8 @@ class Looks:
             known = {**known, **self._scores({**weights, **awake.rest}, missing, awake.device)}
         self.rested = (awake.release, known)
         served = self._scores({**weights, **awake.served()}, sources, awake.device)
-        return Look(awake.tokens, awake.release, served, {source: known[source] for source in sources})
+        rested = {source: known[source] for source in sources}
+        return Look(awake.tokens, awake.release, served, rested, time.perf_counter() - start)
 
     def _scores(self, weights: Dict[str, Tensor], sources: List[str], device: torch.device) -> Dict[str, float]:
         self.model.to(device)

@@ -75,6 +75,8 @@ class Look:
     """Bits per byte by source, of every source seen so far, on text that no gate, trigger or sampler sees."""
     rested: Dict[str, float]
     """The same of the release alone."""
+    seconds: float = 0.0
+    """Wall time that it took: no time of the learner's, as it serves people alone."""
 
 
 @dataclass(frozen=True)

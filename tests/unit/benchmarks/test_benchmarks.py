@@ -193,7 +193,9 @@ def test_the_store_still_measures_what_the_summary_names() -> None:
 
 def make_summary() -> Dict[str, Any]:
     control = {"matrix": [[3.0, 6.0], [3.6, 2.4]], "mean_final_bpb": 3.0, "forgetting": 0.6, "learning": 2.4}
-    tried = [{"learning_rate": rate} for rate in (5e-4, 2e-3)]
+    tried = [{"learning_rate": rate} for rate in (5e-4, 2e-3, 4e-3)]
+    more = {"backward_transfer": -0.6, "learning_rate": 2e-3, "tried": tried, "edge": False, "flops": 1.9e13}
+    replay = {**control, **more}
     return {
         "run": "default",
         "sources": ["docs", "cpp"],
@@ -203,14 +205,15 @@ def make_summary() -> Dict[str, Any]:
         "forgetting": 0.1,
         "backward_transfer": -0.1,
         "learning": 2.5,
-        "control": {**control, "backward_transfer": -0.6, "learning_rate": 2e-3, "tried": tried},
+        "control": {"strategy": "replay", **replay},
+        "controls": {"replay": replay, "naive": {**replay, "mean_final_bpb": 4.0, "tried": tried[:1], "edge": True}},
         "rounds": [{"decision": "promoted"}, {"decision": "rejected"}],
         "tokens_streamed": 1_310_720,
         "wake_tokens_per_second": 19876.5,
         "system_overhead": 0.04,
         "log_wait_share": 0.1,
         "experiences": {"committed": 5120, "duplicates": 0, "lost": 0},
-        "flops": {"total": 2e13, "control": 1.9e13},
+        "flops": {"total": 2e13, "control": 7e13},
         "stream_cursor": {"key": 5120},
         "quarantined": [["cpp", "somewhere/a.h", "not UTF-8"]],
         "seconds": {"base": 30.0, "stream": 185.0, "control": 90.0, "report": 1.0},
@@ -270,17 +273,17 @@ def test_a_run_with_other_levels_is_refused(tmp_path: Path) -> None:
 def test_the_table_of_a_run(tmp_path: Path) -> None:
     text = readme.render_results(readme.keep(make_run(tmp_path / "run")))
     for part in (
-        "| Mean final bits per byte | **2.800** | 3.000 |",
-        "| Forgetting | **0.100** | 0.600 |",
-        "| Learning | 2.500 | **2.400** |",
-        "| final, `docs` (base) | **3.100** | 3.600 |",
-        "| final, `cpp` | 2.500 | **2.400** |",
-        "| Training FLOPs | 20 TFLOP | 19 TFLOP |",
+        "|  | Circadian | replay | naive |",
+        "| Mean final bits per byte | **2.800** | 3.000 | 4.000 |",
+        "| Forgetting | **0.100** | 0.600 | 0.600 |",
+        "| final, `docs` (base) | **3.100** | 3.600 | 3.600 |",
+        "| FLOPs | 20 TFLOP | 19 TFLOP | 19 TFLOP |",
         "1,310,720 tokens streamed, each once; 5,120 experiences committed, 0 lost, 0 twice.",
         "2 consolidation rounds, 1 promoted.",
         "System overhead 4.0% of the learner's time; 19,876 tokens/s inside wake steps.",
         "Wall time: base 30.0 s, stream 3 min 5 s, control 1 min 30 s.",
-        "Control: the same base and order, step size 0.002, the best of 2 by its own final mean.",
+        "Control `replay`: the same base and order, step size 0.002, the best of 3 by its own final mean.",
+        "Control `naive`: the same base and order, step size 0.002 (at the edge of what was tried).",
         "Made by `circadian run default run.seed=3`, then `python -m benchmarks.readme runs/default`.",
     ):
         assert part in text
@@ -296,7 +299,7 @@ def test_online_loss_of_a_run_with_recall_and_without(tmp_path: Path) -> None:
 
 
 def test_a_run_without_a_control_has_a_table_too(tmp_path: Path) -> None:
-    text = readme.render_results(readme.keep(make_run(tmp_path / "run", control=None)))
+    text = readme.render_results(readme.keep(make_run(tmp_path / "run", control=None, controls={})))
     assert "| Mean final bits per byte | 2.800 | \N{EN DASH} |" in text and "step size" not in text
 
 

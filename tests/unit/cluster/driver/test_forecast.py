@@ -95,8 +95,12 @@ def test_the_peak_is_the_fuller_of_the_two_phases() -> None:
     found, counts = estimate(cfg, VOCAB), processes(cfg)
     each = {name: sum(parts.values()) for name, parts in found.items()}
     always = each["driver"] + each["experience service"] + each["tracker"] + each["ray"]
-    assert peak_bytes(found, counts) == always + max(each["learner"] + 4 * each["pool rank"], 3 * each["control"])
+    assert peak_bytes(found, counts) == always + max(each["learner"] + 4 * each["pool rank"], 4 * each["control"])
     assert processes(config("control.enabled=false"))["control"] == 0
+    assert (
+        processes(config("control.strategies=[replay]", "control.learning_rates=[1e-3]", "control.most=1"))["control"]
+        == 1
+    )
 
 
 @pytest.mark.parametrize(

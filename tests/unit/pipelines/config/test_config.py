@@ -264,7 +264,7 @@ def test_differences_ignore_where_and_how_fast_a_run_computes() -> None:
         ray=replace(old.ray, address="auto", rank_cpus=2.0),
         failures=replace(old.failures, pool=9),
         tracking=replace(old.tracking, uri="http://somewhere"),
-        control=ControlConfig(enabled=False),
+        control=ControlConfig(enabled="false"),
         pool=PoolConfig(ranks=1, zero_stage=3, micro_batch=2, checkpoint_every=8, timeout=1.0, start_timeout=2.0),
     )
     assert differences(old, new) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
+from pipelines.gate.report import awake_rows
 from pipelines.report.events import Event, Timeline, build_timeline, describe_round, short_number
+from pipelines.report.looks import LookPoint, look_points, look_rows
 from pipelines.report.page import (
     bits,
     duration,
@@ -25,16 +28,18 @@ from pipelines.report.page import (
     write_report,
 )
 from pipelines.report.plots import level_writes, matrix, rounds, save, smooth, write_plots
+from pipelines.report.sides import sides
 
 BASE = ["english", "markdown"]
 STREAM = ["python", "cpp", "german", "latex"]
 STEP = 2048
 DASH = "\N{EN DASH}"
-PNGS = ("online_loss", "matrix", "level_writes", "rounds", "surprise")
+PNGS = ("online_loss", "awake", "matrix", "level_writes", "rounds", "surprise")
 
 
 def figures(source: str, worst: float, mean: float) -> dict[str, Any]:
     return {
+        "seen": [source],
         "candidate": {source: 2.1},
         "anchor": {source: 2.4},
         "awake": {source: 2.2},
@@ -112,6 +117,8 @@ def make_events(steps_per_source: int = 160, seed: int = 0) -> list[Event]:
         events.append({"t": t + 7, "event": "round_finished", "round": number, "steps": 120, "seconds": 6.0})
         gate = {"round": number, "decision": decision, "release": promoted, "reason": ""}
         events.append({"t": t + 7.5, "event": "gate", **gate, "figures": figures(source, worst, mean)})
+        scores = {"served": {"english": 2.5, source: 3.0}, "rested": {"english": 2.0, source: 3.25, "new": None}}
+        events.append({"t": t + 7.6, "event": "look", "tokens": tokens, "release": release, **scores})
     events.append({"t": t + 8, "event": "adopted", "release": promoted, "tokens": tokens})
     events.append({"t": t + 9, "event": "finished", "seconds": 9.0})
     return sorted(events, key=lambda event: event["t"])
@@ -144,12 +151,15 @@ def make_summary(rounds: int = 4, control: bool = True, seed: int = 0) -> dict[s
 
     summary = {**side(0.08), "sources": sources, "base_sources": BASE, "stream_sources": STREAM}
     summary |= {"tokens_streamed": 1310720, "wake_tokens_per_second": 21400.0}
-    summary["control"] = None
+    summary["control"], summary["controls"] = None, {}
     if control:
         tried = [
             {"learning_rate": rate, "mean_final_bpb": 3.1, "learning": 2.2, "forgetting": 0.6} for rate in (5e-4, 2e-3)
         ]
-        summary["control"] = {**side(0.35), "learning_rate": 2e-3, "tried": tried}
+        replay = {**side(0.2), "learning_rate": 1e-3, "tried": tried, "edge": False, "flops": 9.3e14}
+        naive = {**side(0.35), "learning_rate": 2e-3, "tried": tried, "edge": True, "flops": 9.2e14}
+        summary["controls"] = {"replay": replay, "naive": naive}
+        summary["control"] = {"strategy": "replay", **replay}
     summary["rounds"] = [
         {
             "id": i,
@@ -162,7 +172,7 @@ def make_summary(rounds: int = 4, control: bool = True, seed: int = 0) -> dict[s
         }
         for i in range(1, rounds + 1)
     ]
-    summary["flops"] = {"wake": 4.1e14, "sleep": 5.3e14, "total": 9.4e14, "control": 9.4e14, "probe": 2e13}
+    summary["flops"] = {"wake": 4.1e14, "sleep": 5.3e14, "total": 9.4e14, "control": 5.6e15, "probe": 2e13}
     summary["experiences"] = {"committed": 5120, "duplicates": 0, "lost": 0, "base": 2048, "quarantined": 1}
     summary |= {"system_overhead": 0.062, "stream_cursor": {}, "versions": {"circadian": "0.1.0", "torch": "2.13.0"}}
     summary["seconds"] = {"base": 21.5, "stream": 190.2, "control": 95.0, "total": 4310.0}
@@ -193,6 +203,12 @@ def test_the_report_is_one_page_that_needs_nothing_else(tmp_path: Path) -> None:
         "not UTF-8",
         "b/&lt;x&gt;.cpp:1",
         "940 TFLOP",
+        "930 TFLOP",
+        '<th class="number">Circadian</th><th class="number">replay</th><th class="number">naive</th>',
+        "naive: step size 0.002, best at the edge of what was tried; tried, with their final means: 0.0005 (3.100)",
+        "replay: step size 0.001; tried",
+        '<td class="number">2.750</td><td class="number">2.625</td><td class="number">+0.125</td>',
+        "awake against release",
         "2.13.0",
         "rank 1 died",
     ):
@@ -235,6 +251,7 @@ def test_matrix_cells_and_colours_are_those_of_the_summary() -> None:
         "control": {"rows": [{"label": "end"}], "matrix": [[6.0, 1.0]]},
     }
     left, right, _ = matrix(summary).axes
+    assert [axes.get_title(loc="left") for axes in (left, right)] == ["Circadian", "control"], "as older runs have it"
     assert [text.get_text() for text in left.texts] == ["4.00", "3.00", "3.50", "2.00"]
     assert [text.get_text() for text in right.texts] == ["6.00", "1.00", "3.50"]
     assert left.images[0].get_clim() == right.images[0].get_clim() == (1.0, 6.0)
@@ -258,22 +275,62 @@ def test_the_better_side_is_marked_and_equal_sides_are_not() -> None:
         "mean_final_bpb": 2.0,
         "control": {"matrix": [[2.0, 1.0, 3.0]], "mean_final_bpb": 2.5, "forgetting": 0.1},
     }
-    assert [line.better for line in source_lines(summary)] == ["circadian", "control", ""]
-    assert [line.better for line in headline(summary)[:3]] == ["circadian", "control", ""]
+    assert [line.best for line in source_lines(summary)] == [0, 1, -1]
+    assert [line.best for line in headline(summary)[:3]] == [0, 1, -1]
     transfer = {"backward_transfer": -0.5, "forgetting": float("nan")}
     lines = headline({**transfer, "control": {"backward_transfer": -0.1, "forgetting": 1.0}})
-    assert [line.better for line in lines] == ["", "", "", "control", ""]
-    assert [line.control for line in headline(summary)[:3]] == ["2.500", "0.100", DASH]
+    assert [line.best for line in lines] == [-1, -1, -1, 1, -1]
+    assert [line.cells[1] for line in headline(summary)[:3]] == ["2.500", "0.100", DASH]
 
 
-def test_the_terminal_table_holds_both_sides() -> None:
-    console = Console(width=100, record=True, file=io.StringIO())
+def test_of_several_controls_the_best_side_is_marked_unless_another_reads_the_same() -> None:
+    means = {"replay": 2.0, "naive": 3.0, "reading": math.nan}
+    summary = {"mean_final_bpb": 2.5, "controls": {name: {"mean_final_bpb": mean} for name, mean in means.items()}}
+    assert [name for name, _ in sides(summary)] == ["Circadian", "replay", "naive", "reading"]
+    line = headline(summary)[0]
+    assert (line.cells, line.best) == (("2.500", "2.000", "3.000", DASH), 1)
+    assert headline({**summary, "mean_final_bpb": 2.0001})[0].best == -1
+    assert headline({**summary, "mean_final_bpb": 1.0})[0].best == 0
+    assert sides({"strategy": "reading"})[0][0] == "this run (reading)"
+
+
+def test_the_terminal_table_holds_all_sides() -> None:
+    console = Console(width=140, record=True, file=io.StringIO())
     summary = make_summary()
     summary["sources"][0] = "[red]odd"
     console.print(render_summary_table(summary))
     text = console.export_text()
-    assert f"{summary['mean_final_bpb']:.3f}" in text and f"{summary['control']['mean_final_bpb']:.3f}" in text
-    assert "940 TFLOP" in text and "latex" in text and "[red]odd" in text
+    for side in (summary, *summary["controls"].values()):
+        assert f"{side['mean_final_bpb']:.3f}" in text
+    for part in ("Circadian", "replay", "naive", "940 TFLOP", "latex", "[red]odd", "best at the edge of"):
+        assert part in text
+
+
+def test_looks_are_means_over_the_sources_that_both_models_were_measured_on() -> None:
+    looks = [
+        {"tokens": 8, "release": 1, "served": {"a": 2.0, "b": 4.0}, "rested": {"a": 1.0, "b": 3.0}},
+        {"tokens": 9, "release": 1, "served": {"a": 2.0, "b": None, "c": 3.0}, "rested": {"a": 2.5, "b": 3.0}},
+        {"tokens": 10, "served": {"a": None}, "rested": {"a": 1.0}},
+    ]
+    assert look_points(looks) == [LookPoint(8, 1, 2, 3.0, 2.0), LookPoint(9, 1, 1, 2.0, 2.5)]
+    many = build_timeline([{"t": 0.0, "event": "look", **looks[0], "tokens": n} for n in range(99, -1, -1)])
+    rows = look_rows(many)
+    assert len(rows) == 24 and (rows[0]["tokens"], rows[-1]["tokens"]) == ("0", "99")
+    assert rows[0]["change"] == "+1.000" and look_rows(Timeline()) == []
+    twice = build_timeline([{"t": 0.0, "event": "look", **looks[0]}, {"t": 1.0, "event": "look", **looks[0]}])
+    assert len(twice.looks) == 1, "a replay after a restart looks again"
+
+
+def test_the_gates_awake_rows_are_means_over_the_sources_seen() -> None:
+    figures = {
+        "seen": ["a", "b"],
+        "anchor": {"a": 2.0, "b": 4.0, "later": 9.0},
+        "awake": {"a": 1.0, "b": 4.0, "later": 9.0},
+        "candidate": {"a": 1.0, "b": 2.0, "later": 9.0},
+    }
+    summary = {"rounds": [{"id": 1, "figures": figures}, {"id": 2, "figures": {}}, {"id": 3}]}
+    row = {"id": "1", "anchor": "3.000", "awake": "2.500", "candidate": "1.500", "change": "-0.500"}
+    assert awake_rows(summary) == [row]
 
 
 def test_numbers_read_well() -> None:
