@@ -33,6 +33,8 @@ from pipelines.report.events import read_events
 from pipelines.report.page import read_summary
 
 LOOKS = 20
+EPOCHS = 1.9
+"""Full training steps per streamed token for wake and sleep; the gate comes on top, and all together stay below two."""
 SOURCES = ("stream.sources=[play,code_c,law_de]", "base.sources=[wiki,math]")
 """Sources of the stream in order A, and of the base."""
 TIMEOUT = 3600.0
@@ -98,7 +100,7 @@ def config_of(stream: str, strategy: str, seed: int, root: Path, changes: Sequen
         f"run.root={root}",
         f"run.seed={seed}",
         f"run.deterministic={str(deterministic).lower()}",
-        "sleep.epochs=2",
+        f"sleep.epochs={EPOCHS}",
         "control.enabled=false",
         *changes,
     ]

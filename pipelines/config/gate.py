@@ -28,7 +28,7 @@ class GateConfig:
     min_progress: float = 0.0
     """What a candidate must gain at least on the mean over the round's recent sources, against the anchor, at the
     favourable end of its interval; -.inf for no bound."""
-    max_awake_loss: float = 0.1
+    max_awake_loss: float = 0.3
     """Most a candidate may lose on the recent sources' mean against the awake model, at the favourable end."""
     max_divergence: float = 1.0
     """Most nats per token (KL) by which a candidate may part from the anchor on older sources' prompts, on average."""

@@ -65,7 +65,7 @@ class StreamConfig:
     """sequential: one source after the other. mixed: all at once. soft: neighbours overlap by stream.transition."""
     transition: int = 65536
     """Tokens over which a soft schedule moves from one source to the next."""
-    max_source_bytes: int = 303104
+    max_source_bytes: int = 196608
     """Most bytes streamed per source; 0: no limit."""
     probe_bytes: int = 8192
     """Held-out bytes per source used as its probe."""
@@ -118,7 +118,7 @@ class WakeConfig:
     writes: str = "fast"
     """What the learner writes: fast (its own levels), none (it only reads, the pool learns), or all (every level, as
     one trainer on new and replayed text; the pool then trains nothing and publishes what the learner is)."""
-    decay: float = 0.0
+    decay: float = 0.02
     """Share of what the learner's levels differ from the release's rest by that every write takes back
     (writes=fast)."""
     trained: float = 1.0
@@ -300,9 +300,9 @@ class RayConfig:
 
 def _default_levels() -> Dict[str, LevelConfig]:
     return {
-        "fast": LevelConfig(period=2048, width=192, optimizer=OptimizerConfig(lr=4e-3)),
-        "medium": LevelConfig(period=4096, width=192, optimizer=OptimizerConfig(lr=4e-3)),
-        "slow": LevelConfig(period=151552, width=384, blocks="all", owner="pool"),
+        "fast": LevelConfig(period=2048, width=192, optimizer=OptimizerConfig(lr=1e-3)),
+        "medium": LevelConfig(period=4096, width=192, optimizer=OptimizerConfig(lr=1e-3)),
+        "slow": LevelConfig(period=32768, width=384, blocks="all", owner="pool"),
     }
 
 

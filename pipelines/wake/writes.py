@@ -57,7 +57,7 @@ def _writing(cfg: Config, vocab_size: int, trained: float) -> float:
 
 
 def pool_flops(cfg: Config, vocab_size: int) -> float:
-    """FLOPs per token that a round trains on: a full step, a pass of the guide whose text it is, a share of the write."""
+    """FLOPs per token that a round trains on: a full step, its guide's pass, its share of the write."""
     sleep, shape = cfg.sleep, (cfg.model, cfg.levels, vocab_size)
     guided = sleep.recent * bool(sleep.teacher) + (1.0 - sleep.recent) * bool(sleep.anchor)
     write = write_flops(*shape, sleep.optimizer) / (sleep.batch * cfg.model.context)
