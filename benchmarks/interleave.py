@@ -17,7 +17,7 @@ Visit = Callable[[], float]
 
 
 @dataclass(frozen=True)
-class Way:
+class Variant:
     """One way to spend a step."""
 
     step: Callable[[], object]
@@ -40,7 +40,7 @@ class Rate:
     """By the reference's just before and just after, visit by visit."""
 
 
-def timed(way: Way, device: torch.device) -> Visit:
+def timed(way: Variant, device: torch.device) -> Visit:
     """Visits of a way."""
 
     def visit() -> float:

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.interleave import Rate, Way, interleave, one_thread, timed
-from benchmarks.live_bytes import LiveBytes
+from benchmarks.interleave import Rate, Variant, interleave, one_thread, timed
+from benchmarks.peak_memory import PeakMemory
 from benchmarks.peers import PEERS, Running, running_peers
 from benchmarks.results import keep_page
 from benchmarks.tables import Machine, markdown_table
-from benchmarks.ways import OPTIMIZER, Change, NestedWays, Shape, as_it_is, compile_once, size_of
+from benchmarks.variants import OPTIMIZER, Change, NestedVariants, Shape, as_it_is, compile_once, size_of
 from nl_model.model import resolve_device
 from pipelines.sleep.engine import LocalEngine
 from pipelines.sleep.training import Batch, training_step
@@ -110,7 +110,7 @@ class PlainLoss:
         return self.nll(batch.tokens_BS).mean(), {}
 
 
-def plain_way(shape: Shape, change: Change = as_it_is) -> Way:
+def plain_variant(shape: Shape, change: Change = as_it_is) -> Variant:
     """The reference: every parameter trained in every step, by the training step of a run."""
     torch.manual_seed(0)
     model = PlainTransformer(shape).to(shape.device)
@@ -121,17 +121,17 @@ def plain_way(shape: Shape, change: Change = as_it_is) -> Way:
     def step() -> None:
         training_step(engine, objective, 0, Batch(shape.draw(), recent_B, keys_B), lr, shape.precision)
 
-    return Way(step, shape.step_tokens, parameters=size_of(model))
+    return Variant(step, shape.step_tokens, parameters=size_of(model))
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
-def builders(shape: Shape, compiled: bool) -> Tuple[Dict[str, Callable[[], Way]], Dict[str, str]]:
+def builders(shape: Shape, compiled: bool) -> Tuple[Dict[str, Callable[[], Variant]], Dict[str, str]]:
     """What makes each way beside the reference, and why some cannot be made here."""
     with torch.device("meta"):
-        nested = NestedWays(shape, size_of(PlainTransformer(shape)))
-    ways: Dict[str, Callable[[], Way]] = {
+        nested = NestedVariants(shape, size_of(PlainTransformer(shape)))
+    ways: Dict[str, Callable[[], Variant]] = {
         "wake_fast_only": nested.wake,
         "all_levels_stream_period": partial(nested.levels, (16, 64, 256), steps=4),
         "all_levels_every_step": nested.full,
@@ -145,7 +145,7 @@ def builders(shape: Shape, compiled: bool) -> Tuple[Dict[str, Callable[[], Way]]
     if compiled:
         ways["forward_compiled"] = partial(nested.forward, compile_once)
         ways["wake_compiled"] = partial(nested.wake, compile_once)
-        ways["reference_compiled"] = partial(plain_way, shape, compile_once)
+        ways["reference_compiled"] = partial(plain_variant, shape, compile_once)
         if not any(shutil.which(name) for name in ("g++", "clang++")):
             missing.update({name: "no C++ compiler (g++ or clang++) found" for name in ways if "compiled" in name})
     return {name: make for name, make in ways.items() if name not in missing}, missing
@@ -197,8 +197,8 @@ def measure(
     with one_thread():
         makers, missing = builders(shape, compiled)
         peaks = {name: peak_bytes(make) for name, make in makers.items() if name in _WEIGHED}
-        peaks["reference"] = peak_bytes(partial(plain_way, shape))
-        ways = {"reference": plain_way(shape), **{name: make() for name, make in makers.items()}}
+        peaks["reference"] = peak_bytes(partial(plain_variant, shape))
+        ways = {"reference": plain_variant(shape), **{name: make() for name, make in makers.items()}}
         for name, reason in _warm_up(ways).items():
             missing[name] = reason
             del ways[name]
@@ -215,7 +215,7 @@ def measure(
 _WEIGHED = ("wake_fast_only", "all_levels_every_step", "per_sequence_fast_chunk64", "self_modifying_titans")
 
 
-def _warm_up(ways: Dict[str, Way]) -> Dict[str, str]:
+def _warm_up(ways: Dict[str, Variant]) -> Dict[str, str]:
     """One visit each: optimizer state, caches, compilation; returns what torch.compile could not do, and why."""
     failed = {}
     for name, way in ways.items():
@@ -228,9 +228,9 @@ def _warm_up(ways: Dict[str, Way]) -> Dict[str, str]:
     return failed
 
 
-def peak_bytes(make: Callable[[], Way]) -> int:
+def peak_bytes(make: Callable[[], Variant]) -> int:
     """Most bytes of live tensors during the second visit to a way, when the optimizers have their moments."""
-    with LiveBytes() as live:
+    with PeakMemory() as live:
         way = make()
         for _ in range(2):
             live.restart()

@@ -17,7 +17,7 @@ from typing import Any, Dict, List
 
 from benchmarks.drivers.serve import ANSWER
 from benchmarks.interleave import Visit
-from benchmarks.ways import Shape
+from benchmarks.variants import Shape
 
 TORCH = "torch==2.13.0"
 ROOT = Path(__file__).parents[1]

@@ -1,14 +1,14 @@
 """Recall: what followed the same words last time, read beside a model's own prediction.
 
 The fastest memory of all, without parameters that gradients train: for contexts of some lengths it holds the token
-that came next when they were last heard, and how often in a row it was that one. Reading goes from the shortest
+that came next when they were last found, and how often in a row it was that one. Reading goes from the shortest
 context to the longest: with probability w the next token is the one remembered, else what was predicted so far
 (prediction by partial matching, Cleary and Witten 1984, over a model in place of an empty context). The weights w are
 learned as they are used, by online expectation maximisation, one for each length, number of times in a row, and
 likelihood of that token before.
 
 Bounded in memory and time: hash tables of fixed size in which later text takes the place of earlier text. What they
-hold is a function of the text heard, in its order; how that was cut into calls does not matter.
+hold is a function of the text found, in its order; how that was cut into calls does not matter.
 
 Shapes: B sequences, S tokens, T = S - 1 predicted tokens, K lengths of context, N slots, V vocabulary.
 """
@@ -38,7 +38,7 @@ MOST_SLOTS = 1 << 32
 LEAST, MOST = 1e-4, 1.0 - 1e-4
 """Bounds of every w: no token ever becomes impossible."""
 ROWS = 256
-"""Sequences that `remember` hears at a time: what it needs for them in between is a hundred times their text."""
+"""Sequences that `remember` reads at a time: what it needs for them in between is a hundred times their text."""
 TOKEN_BITS, RUN_BITS = 24, 8
 """Of a slot's 64 bits; the others check that it is that context's."""
 
@@ -47,8 +47,8 @@ Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Heard:
-    """What was remembered of some sequences before they were heard."""
+class Predictions:
+    """What was remembered of some sequences before they were found."""
 
     tokens_BKT: Ints
     """The token that followed each context last time; 0 where there is none."""
@@ -78,7 +78,7 @@ class Recall:
         """Bytes of its tables."""
         return self.table_KN.nbytes
 
-    def hear(self, sequences_BS: npt.NDArray[np.integer]) -> Heard:
+    def observe(self, sequences_BS: npt.NDArray[np.integer]) -> Predictions:
         """Say what is remembered before each token of the sequences, and remember them, one after the other.
 
         A sequence knows of those before it in the same call, not of its own beginning: that is what attention is for.
@@ -101,31 +101,31 @@ class Recall:
             kept_KT = checks_KT << TOKEN_BITS + RUN_BITS | next_T << RUN_BITS | again_KT
             where_KT = np.broadcast_to(lengths_K1, whole_KT.shape)[whole_KT], slots_KT[whole_KT]
             self.table_KN[where_KT] = kept_KT[whole_KT]  # of equal places the last one stays
-        return Heard(tokens, runs)
+        return Predictions(tokens, runs)
 
     def remember(self, sequences_BS: npt.NDArray[np.integer]) -> None:
         """Hear sequences, however many, without saying what was remembered before them."""
         for first in range(0, len(sequences_BS), ROWS):
-            self.hear(sequences_BS[first : first + ROWS])
+            self.observe(sequences_BS[first : first + ROWS])
 
     def read(self, sequences_BS: npt.NDArray[np.integer], logits_BTV: Tensor, nll_BT: Tensor) -> Floats:
-        """Loss of sequences read together with recall, which hears them by that: nats (B, T).
+        """Loss of sequences read together with recall, which remembers them by that: nats (B, T).
 
         Args:
-            logits_BTV: the model's, on its device; what is heard is looked up while that still computes.
+            logits_BTV: the model's, on its device; what is found is looked up while that still computes.
             nll_BT: its loss.
         """
-        heard, targets_BT = self.hear(sequences_BS), sequences_BS[:, 1:].astype(np.int64)
+        found, targets_BT = self.observe(sequences_BS), sequences_BS[:, 1:].astype(np.int64)
         others_BKT = loss_of_remembered(
             logits_BTV.detach(),
             nll_BT.detach(),
-            *(torch.from_numpy(part).to(logits_BTV.device) for part in (targets_BT, heard.tokens_BKT)),
+            *(torch.from_numpy(part).to(logits_BTV.device) for part in (targets_BT, found.tokens_BKT)),
         )
         own, others = (part.detach().double().cpu().numpy() for part in (nll_BT, others_BKT))
-        return self.mix(heard, own, others, targets_BT)
+        return self.mix(found, own, others, targets_BT)
 
-    def mix(self, heard: Heard, nll_BT: Floats, nll_BKT: Floats, targets_BT: Ints) -> Floats:
-        """Loss of the targets when a model is read together with what was heard: nats (B, T).
+    def mix(self, found: Predictions, nll_BT: Floats, nll_BKT: Floats, targets_BT: Ints) -> Floats:
+        """Loss of the targets when a model is read together with what was found: nats (B, T).
 
         The weights learn from it, once for all of the call. Sequences of which the model has no finite loss have none
         here either, and teach nothing.
@@ -138,7 +138,7 @@ class Recall:
         mixed_BT = np.full(nll_BT.shape, np.nan)
         if not sound_B.any():
             return mixed_BT
-        tokens_KBT, runs_KBT = (part[sound_B].swapaxes(0, 1) for part in (heard.tokens_BKT, heard.runs_BKT))
+        tokens_KBT, runs_KBT = (part[sound_B].swapaxes(0, 1) for part in (found.tokens_BKT, found.runs_BKT))
         p_BT, q_KBT = np.exp(-nll_BT[sound_B].astype(float)), np.exp(-nll_BKT[sound_B].astype(float).swapaxes(0, 1))
         hits_KBT = tokens_KBT == targets_BT[sound_B]
         taught: List[Tuple[Ints, Floats]] = []

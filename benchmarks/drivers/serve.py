@@ -18,7 +18,7 @@ Settings = Dict[str, Any]
 
 
 def settings() -> Settings:
-    """What the caller asks for: the fields of benchmarks.ways.Shape, and `variant`."""
+    """What the caller asks for: the fields of benchmarks.variants.Shape, and `variant`."""
     return json.loads(sys.argv[1])
 
 

@@ -57,10 +57,10 @@ class Signals:
         self.asked = self.heard = False
         self.leave: Callable[[], None] = lambda: os._exit(0)
         """Says goodbye and exits."""
-        ears, mouth = socket.socketpair()
-        mouth.setblocking(False)
-        signal.set_wakeup_fd(mouth.detach(), warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, args=(ears,), daemon=True, name="signals").start()
+        receiver, sender = socket.socketpair()
+        sender.setblocking(False)
+        signal.set_wakeup_fd(sender.detach(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(receiver,), daemon=True, name="signals").start()
         self.report_lost, sys.unraisablehook = sys.unraisablehook, self._lose
         self.install()
 
@@ -69,8 +69,8 @@ class Signals:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 
-    def _watch(self, ears: socket.socket) -> None:
-        while not {signal.SIGTERM, signal.SIGINT} & set(ears.recv(64)):
+    def _watch(self, receiver: socket.socket) -> None:
+        while not {signal.SIGTERM, signal.SIGINT} & set(receiver.recv(64)):
             pass
         self.asked = True
         time.sleep(GRACE)

@@ -70,7 +70,7 @@ class Awake:
     def step(self, batch: Sequence[StreamSequence], log: Log) -> StepReport:
         """Score the batch, start logging it, take its gradient, and write what is due once it is durable.
 
-        Raises whatever `log` raises; no weight has changed then, but recall has heard the batch: go on from a state.
+        Raises whatever `log` raises; no weight has changed then, but recall has read the batch: go on from a state.
         """
         start = time.perf_counter()
         tokens_BS = np.stack([s.tokens for s in batch]).astype(np.int64)

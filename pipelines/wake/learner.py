@@ -32,8 +32,8 @@ from pipelines.wake.writes import held_parameters
 
 KEPT_MARKS = 8
 """Newest marks that a checkpoint remembers: whoever starts rounds may have died before it wrote them down."""
-HEARD = 1 << 24
-"""Most tokens of the store that recall hears at a start; about a million a second."""
+RECALL_TOKENS = 1 << 24
+"""Most tokens of the store that recall reads at a start; about a million a second."""
 Checkpoint = Tuple[Dict[str, Tensor], Dict[str, Any]]
 """Tensors, and what is not one, JSON-able."""
 
@@ -94,21 +94,21 @@ class Learner:
         self.marks = [Mark(**mark) for mark in meta.get("marks", [])]
         self.spans: Dict[str, Tuple[int, int]] = {s: (a, b) for s, (a, b) in meta.get("spans", {}).items()}
         if recall is not None and recall.is_empty:
-            self._hear(recall)
+            self._fill_recall(recall)
         self.stream = self.data.stream(Cursor.from_json(meta["cursor"]) if found is not None else None)
         self.steps_since_checkpoint = 0
         self.pending: List[Tuple[int, int]] = []
         self.last_end = time.perf_counter()
         return self._report(marks=tuple(self.marks))
 
-    def _hear(self, recall: Recall) -> None:
-        """Let recall hear what the store holds up to the last key, the base first.
+    def _fill_recall(self, recall: Recall) -> None:
+        """Let recall read what the store holds up to the last key, the base first.
 
-        For a start without a checkpoint, or with one whose recall is none or another: then no more than `HEARD` tokens.
+        For a start without a checkpoint, or with one whose recall is none or another: then no more than `RECALL_TOKENS` tokens.
         """
         store = self.host.experience()
         rows = np.flatnonzero((store.keys <= self.last_key) & (store.keys < DREAM_KEY))
-        rows = rows[-HEARD // self.cfg.model.context :]
+        rows = rows[-RECALL_TOKENS // self.cfg.model.context :]
         for first in range(0, len(rows), ROWS):
             recall.remember(store.tokens(rows[first : first + ROWS]).astype(np.int64))
 

@@ -13,19 +13,19 @@ import torch
 from torch import nn
 
 from benchmarks import model, peers, streaming
-from benchmarks.interleave import Way, interleave
-from benchmarks.live_bytes import LiveBytes
+from benchmarks.interleave import Variant, interleave
+from benchmarks.peak_memory import PeakMemory
 from benchmarks.peers import Peer, Running, running_peers
 from benchmarks.tables import Spread
-from benchmarks.ways import NestedWays, Shape, size_of
+from benchmarks.variants import NestedVariants, Shape, size_of
 
 TINY = Shape(dim=32, blocks=2, heads=2, vocabulary=64, batch=2, context=128)
 
 NAME = "titans-pytorch MAC"
 
 
-def nested(shape: Shape) -> NestedWays:
-    return NestedWays(shape, size_of(model.PlainTransformer(shape)))
+def nested(shape: Shape) -> NestedVariants:
+    return NestedVariants(shape, size_of(model.PlainTransformer(shape)))
 
 
 def keeping(models: List[nn.Module]) -> Callable[[Any], Any]:
@@ -98,7 +98,7 @@ def test_a_way_that_does_not_compile_says_why(monkeypatch: pytest.MonkeyPatch) -
     def refuse() -> None:
         raise torch._dynamo.exc.InternalTorchDynamoError("no such thing\nat some place")
 
-    ways = {"good": Way(lambda: None, 1), "bad": Way(refuse, 1)}
+    ways = {"good": Variant(lambda: None, 1), "bad": Variant(refuse, 1)}
     assert model._warm_up(ways) == {"bad": "torch.compile: no such thing"}
     monkeypatch.setattr(model.shutil, "which", lambda name: None)
     made, missing = model.builders(TINY, compiled=True)
@@ -168,7 +168,7 @@ def test_a_package_that_pip_does_not_find_is_a_reason(tmp_path: Path, monkeypatc
 
 
 def test_live_bytes_are_exact() -> None:
-    with LiveBytes() as live:
+    with PeakMemory() as live:
         a = torch.ones(100, dtype=torch.float64)
         view = a[10:].view(9, 10)
         assert live.now == 800, "a view holds the same storage"
@@ -186,7 +186,7 @@ def test_live_bytes_are_exact() -> None:
 
 def test_live_bytes_see_what_a_training_step_keeps() -> None:
     """Weights, a saved input, gradients and two moments of one matrix: 100 x 50 float32."""
-    with LiveBytes() as live:
+    with PeakMemory() as live:
         linear = nn.Linear(100, 50, bias=False)
         optimizer = torch.optim.AdamW(linear.parameters(), fused=True)
         weight = 4 * 100 * 50

@@ -1,4 +1,4 @@
-"""Recall: a proper distribution, no look ahead, nothing but the text heard in its order."""
+"""Recall: a proper distribution, no look ahead, nothing but the text read in its order."""
 
 import copy
 
@@ -40,14 +40,14 @@ def warmed(seed: int = 3) -> Recall:
 
 def test_probabilities_of_all_next_tokens_add_up_to_one() -> None:
     recall, rows = warmed(), text(3, seed=3)
-    logits, heard = logits_of(rows), copy.deepcopy(recall).hear(rows)
-    assert (heard.runs_BKT == RUNS).any() and (heard.runs_BKT == 0).any()
+    logits, found = logits_of(rows), copy.deepcopy(recall).observe(rows)
+    assert (found.runs_BKT == RUNS).any() and (found.runs_BKT == 0).any()
     total = np.zeros(logits.shape[:2])
     for token in range(V):
         targets = torch.full(logits.shape[:2], token)
         nll = token_nll(logits, targets)
-        others = loss_of_remembered(logits, nll, targets, torch.from_numpy(heard.tokens_BKT))
-        mixed = copy.deepcopy(recall).mix(heard, nll.double().numpy(), others.double().numpy(), targets.numpy())
+        others = loss_of_remembered(logits, nll, targets, torch.from_numpy(found.tokens_BKT))
+        mixed = copy.deepcopy(recall).mix(found, nll.double().numpy(), others.double().numpy(), targets.numpy())
         total += np.exp(-mixed)
     np.testing.assert_allclose(total, 1.0, atol=1e-6)
 
@@ -68,26 +68,26 @@ def test_a_loss_depends_on_nothing_that_comes_later() -> None:
 @given(cuts=st.lists(st.integers(1, 11), max_size=4), slots=st.sampled_from([1, 16, 1 << 12]))
 def test_what_is_remembered_does_not_depend_on_how_text_was_cut(cuts: list[int], slots: int) -> None:
     rows, whole = text(12, vocab=V) + 250, Recall(slots)
-    heard = whole.hear(rows.astype(np.uint16))
+    found = whole.observe(rows.astype(np.uint16))
     parts, again = Recall(slots), []
     for part in np.split(rows, sorted(set(cuts))):
-        again.append(parts.hear(part))
+        again.append(parts.observe(part))
     np.testing.assert_array_equal(whole.table_KN, parts.table_KN)
-    np.testing.assert_array_equal(heard.tokens_BKT, np.concatenate([h.tokens_BKT for h in again]))
-    np.testing.assert_array_equal(heard.runs_BKT, np.concatenate([h.runs_BKT for h in again]))
+    np.testing.assert_array_equal(found.tokens_BKT, np.concatenate([h.tokens_BKT for h in again]))
+    np.testing.assert_array_equal(found.runs_BKT, np.concatenate([h.runs_BKT for h in again]))
     assert whole.bytes == parts.bytes == 8 * slots * len(LENGTHS)
 
 
 def test_it_remembers_what_came_next_and_how_often_in_a_row() -> None:
     recall, row = Recall(1 << 12), np.array([[1, 2, 3, 4, 5, 6, 1, 2]])
-    assert not recall.hear(row).runs_BKT.any()
-    recall.hear(row)
-    heard = recall.hear(np.array([[1, 2, 3, 4, 5, 6, 1, 3]]))
+    assert not recall.observe(row).runs_BKT.any()
+    recall.observe(row)
+    found = recall.observe(np.array([[1, 2, 3, 4, 5, 6, 1, 3]]))
     longest = LENGTHS.index(6)
-    assert heard.tokens_BKT[0, longest, 5] == 1 and heard.runs_BKT[0, longest, 5] == 2
-    assert heard.tokens_BKT[0, longest, 6] == 2  # what it found is the row before, not this one
-    assert not heard.runs_BKT[0, longest, :5].any()  # a context does not reach beyond its sequence
-    assert recall.hear(row).tokens_BKT[0, longest, 6] == 3
+    assert found.tokens_BKT[0, longest, 5] == 1 and found.runs_BKT[0, longest, 5] == 2
+    assert found.tokens_BKT[0, longest, 6] == 2  # what it found is the row before, not this one
+    assert not found.runs_BKT[0, longest, :5].any()  # a context does not reach beyond its sequence
+    assert recall.observe(row).tokens_BKT[0, longest, 6] == 3
 
 
 def test_repeated_text_gets_cheap_and_random_text_hardly_dearer() -> None:
@@ -110,9 +110,9 @@ def test_a_sequence_without_a_finite_loss_teaches_nothing() -> None:
     recall, clean = warmed(), warmed()
     mixed = read(recall, rows, broken)
     assert np.isnan(mixed[1]).all() and np.isfinite(mixed[[0, 2, 3]]).all()
-    heard = clean.hear(rows)
+    found = clean.observe(rows)
     kept = [0, 2, 3]
-    sound = type(heard)(heard.tokens_BKT[kept], heard.runs_BKT[kept])
+    sound = type(found)(found.tokens_BKT[kept], found.runs_BKT[kept])
     targets = torch.from_numpy(rows[kept])[:, 1:]
     nll = token_nll(logits[kept], targets)
     others = loss_of_remembered(logits[kept], nll, targets, torch.from_numpy(sound.tokens_BKT))
@@ -145,7 +145,7 @@ def test_a_state_that_is_not_there_or_of_another_shape_is_left() -> None:
 
 def test_much_text_is_remembered_as_if_it_had_been_heard() -> None:
     rows, one, other = text(2 * ROWS + 3), Recall(1 << 12), Recall(1 << 12)
-    one.hear(rows)
+    one.observe(rows)
     other.remember(rows)
     np.testing.assert_array_equal(one.table_KN, other.table_KN)
 
@@ -174,4 +174,4 @@ def test_slots_are_a_power_of_two(slots: int, fitting: int) -> None:
 @pytest.mark.parametrize("token", [1 << 24, -1])
 def test_tokens_must_fit(token: int) -> None:
     with pytest.raises(ValueError, match="from 0 to 16777215, this text has"):
-        Recall(4).hear(np.array([[3, token, 3]]))
+        Recall(4).observe(np.array([[3, token, 3]]))

@@ -1,4 +1,4 @@
-"""What a learner's recall hears at a start: the store's base, then its stream up to a key, never dreams."""
+"""What a learner's recall reads at a start: the store's base, then its stream up to a key, never dreams."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pipelines.wake import learner
 CONTEXT = 16
 
 
-def hear(run_dir: Path, last_key: int) -> Recall:
-    """`Learner._hear` on a store, without the rest of a learner."""
+def filled(run_dir: Path, last_key: int) -> Recall:
+    """`Learner._fill_recall` on a store, without the rest of a learner."""
     recall, cfg = Recall(1 << 12), SimpleNamespace(model=SimpleNamespace(context=CONTEXT))
     host = SimpleNamespace(experience=lambda: Snapshot.open(run_dir / "store"))
-    learner.Learner._hear(SimpleNamespace(cfg=cfg, host=host, last_key=last_key), recall)  # type: ignore[arg-type]
+    learner.Learner._fill_recall(SimpleNamespace(cfg=cfg, host=host, last_key=last_key), recall)  # type: ignore[arg-type]
     return recall
 
 
@@ -35,15 +35,15 @@ def store(tmp_path: Path) -> Iterator[ExperienceStore]:
         yield opened
 
 
-def heard(records: List[Record]) -> np.ndarray:
+def read_by_hand(records: List[Record]) -> np.ndarray:
     recall = Recall(1 << 12)
     for one in records:
-        recall.hear(one.tokens[None])
+        recall.observe(one.tokens[None])
     return recall.table_KN
 
 
 def test_base_then_stream_up_to_the_key(store: ExperienceStore, tmp_path: Path) -> None:
-    assert hear(tmp_path, -1).is_empty
+    assert filled(tmp_path, -1).is_empty
     base = [record(-1 - i, "base", i) for i in range(3)]
     stream = [record(i, "quarantined" if i == 7 else "real", 100 + i) for i in range(2 * ROWS)]
     dreams = [record(dream_key(1, 0), "dream", 999, parents=(3,))]
@@ -51,14 +51,14 @@ def test_base_then_stream_up_to_the_key(store: ExperienceStore, tmp_path: Path) 
     store.append(dreams, {"next": len(stream)})
     store.commit()
     for last in (-1, 0, 7, ROWS, len(stream) - 1):
-        np.testing.assert_array_equal(hear(tmp_path, last).table_KN, heard([*base, *stream[: last + 1]]))
+        np.testing.assert_array_equal(filled(tmp_path, last).table_KN, read_by_hand([*base, *stream[: last + 1]]))
 
 
-def test_of_a_long_store_the_end_is_heard(
+def test_of_a_long_store_the_end_is_read(
     store: ExperienceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stream = [record(i, "real", i) for i in range(40)]
     store.append(stream, {"next": 40})
     store.commit()
-    monkeypatch.setattr(learner, "HEARD", 10 * CONTEXT)
-    np.testing.assert_array_equal(hear(tmp_path, 29).table_KN, heard(stream[20:30]))
+    monkeypatch.setattr(learner, "RECALL_TOKENS", 10 * CONTEXT)
+    np.testing.assert_array_equal(filled(tmp_path, 29).table_KN, read_by_hand(stream[20:30]))

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class LiveBytes(TorchDispatchMode):
+class PeakMemory(TorchDispatchMode):
     """While on, counts every storage that an operator returns, from then until nothing refers to it any more.
 
     Weights, gradients, optimizer state and what autograd saves are all storages; make them while it is on. What an

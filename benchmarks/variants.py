@@ -13,7 +13,7 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.interleave import Way
+from benchmarks.interleave import Variant
 from nl_model.config import LevelConfig, ModelConfig, OptimizerConfig
 from nl_model.model import NestedLM, autocast
 from nl_model.online import OnlineLevels
@@ -74,7 +74,7 @@ def size_of(model: nn.Module) -> int:
 
 
 @dataclass(frozen=True)
-class NestedWays:
+class NestedVariants:
     """Steps of NestedLMs of one shape and size.
 
     Slow sits in all blocks, fast and medium in the last one, each twice as wide as the model.
@@ -123,7 +123,7 @@ class NestedWays:
         steps: int = 2,
         mixer: str = "attention",
         change: Change = as_it_is,
-    ) -> Way:
+    ) -> Variant:
         """Levels shared by the batch, periods in steps; a visit ends on a boundary of the slowest one written."""
         shape, model = self.shape, self.model(periods, mixer=mixer)
         levels = OnlineLevels(model, learned, shape.step_tokens)
@@ -139,17 +139,17 @@ class NestedWays:
             levels.observe(nll_BT)
             levels.advance(shape.step_tokens)
 
-        return Way(step, shape.step_tokens, steps, begin, size_of(model))
+        return Variant(step, shape.step_tokens, steps, begin, size_of(model))
 
-    def full(self, mixer: str = "attention") -> Way:
+    def full(self, mixer: str = "attention") -> Variant:
         """Every parameter trained in every step."""
         return self.levels((1, 1, 1), mixer=mixer)
 
-    def wake(self, change: Change = as_it_is) -> Way:
+    def wake(self, change: Change = as_it_is) -> Variant:
         """Only what the learner owns is written."""
         return self.levels((1, 2, 256), ("fast", "medium"), change=change)
 
-    def sequences(self, chunk: int = 64) -> Way:
+    def sequences(self, chunk: int = 64) -> Variant:
         """Every sequence starts at the shared weights and writes fast levels of its own."""
         shape = self.shape
         model = self.model((chunk, shape.context, 4 * shape.context), unit="tokens").requires_grad_(False)
@@ -160,9 +160,9 @@ class NestedWays:
             with shape.autocast():
                 stream.feed(shape.draw())  # one token more than is learned from: the last target
 
-        return Way(step, shape.step_tokens, parameters=size_of(model))
+        return Variant(step, shape.step_tokens, parameters=size_of(model))
 
-    def forward(self, change: Change = as_it_is) -> Way:
+    def forward(self, change: Change = as_it_is) -> Variant:
         """Logits of a model at rest."""
         shape, model = self.shape, self.model((1, 2, 256)).requires_grad_(False)
         forward = change(model.forward)
@@ -171,4 +171,4 @@ class NestedWays:
             with shape.autocast(), torch.no_grad():
                 forward(shape.draw()[:, :-1])
 
-        return Way(step, shape.step_tokens, parameters=size_of(model))
+        return Variant(step, shape.step_tokens, parameters=size_of(model))
