@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Dict, Sequence, Tuple
 
-from nl_model.config import LevelConfig, ModelConfig, ordered_levels
+from nl_model.config import LevelConfig, ModelConfig, OptimizerConfig, ordered_levels
 
 
 def forward_flops(cfg: ModelConfig, levels: Dict[str, LevelConfig], vocab_size: int) -> int:
@@ -78,6 +78,37 @@ def _backward_flops(
         backward += 2 * product if name in trained else 0  # weight gradients
     blocks_above = cfg.blocks - 1 - chain[first][0]
     return backward + blocks_above * (2 * 4 * cfg.dim**2 + 10 * cfg.context * cfg.dim)
+
+
+def write_flops(cfg: ModelConfig, levels: Dict[str, LevelConfig], vocab_size: int, optimizer: OptimizerConfig) -> int:
+    """FLOPs of the matrix products of one write of all parameters: none for optimizers that go number by number.
+
+    Muon's Newton-Schulz iteration has three products per step on every matrix but embedding and head. In a small model
+    that writes after few tokens it is a fifth of a training step.
+    """
+    if optimizer.name != "muon":
+        return 0
+    return _newton_schulz(cfg, tuple(levels.items()), vocab_size, optimizer.ns_steps)
+
+
+@lru_cache(maxsize=8)
+def _newton_schulz(cfg: ModelConfig, levels: Tuple[Tuple[str, LevelConfig], ...], vocab_size: int, steps: int) -> int:
+    import torch  # noqa: PLC0415 (as below)
+
+    from nl_model.model import NestedLM  # noqa: PLC0415
+    from nl_model.optim.registry import lookup_tables  # noqa: PLC0415
+
+    with torch.device("meta"):
+        model = NestedLM(cfg, dict(levels), vocab_size)
+    tables = {id(table) for table in lookup_tables(model)}
+    total = 0
+    for parameter in model.parameters():
+        if parameter.dim() < 2 or id(parameter) in tables:
+            continue
+        small, large = sorted(parameter.shape[-2:])
+        batch = parameter.numel() // (small * large)
+        total += batch * steps * (4 * small * small * large + 2 * small**3)
+    return total
 
 
 @lru_cache(maxsize=8)

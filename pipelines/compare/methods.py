@@ -38,8 +38,6 @@ ALIASES: Dict[str, str] = {
 """Short names of configuration keys."""
 Changes = Tuple[Tuple[str, str], ...]
 """(configuration key, value) pairs; later ones win."""
-AVERAGED = "100"
-"""Horizon in steps of opponents that release an average."""
 
 
 @dataclass(frozen=True)
@@ -75,15 +73,15 @@ def _replaying(share: str, *changes: Tuple[str, str], hook: str = "none") -> Met
 METHODS: Dict[str, Method] = {
     **{name: Method(name) for name in strategies()},
     # An ablation changes one thing: it keeps the step size of what it changes.
-    **{n: Method(n, step_of="circadian") for n in strategies() if n.startswith(("no_", "cold_"))},
+    **{n: Method(n, step_of="circadian") for n in strategies() if n.startswith(("no_", "cold_", "guided", "dreaming"))},
     "joint": Method("replay", joint=True),
     "replay_5": _replaying("0.05"),
     "replay_25": _replaying("0.25"),
     "replay_50": _replaying("0.5"),
     "replay_80": _replaying("0.8"),
     "replay_unbalanced": _replaying("0.65", ("sleep.balance", "0")),
-    "replay_average": _replaying("0.65", ("sleep.average", AVERAGED)),
-    "ema": Method("naive", (("sleep.average", AVERAGED),)),
+    "replay_raw": _replaying("0.65", ("sleep.average", "0")),
+    "naive_raw": Method("naive", (("sleep.average", "0"),)),
     "der": _replaying("0.5", hook="der"),
     "mer": _replaying("0.5", hook="mer"),
     "ewc": Method("naive", hook="ewc"),

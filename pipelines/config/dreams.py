@@ -14,8 +14,9 @@ SCORES = ("gradient", "progress")
 class DreamConfig:
     """Dreams: synthetic sequences that the awake model makes from recent experience at the start of a round."""
 
-    share: float = 0.0625
-    """Most of a sleep batch that is dreamt, in place of replayed experience; 0 switches dreaming off."""
+    share: float = 0.0
+    """Most of a sleep batch that is dreamt, in place of replayed experience; 0: nothing is dreamt. Dreams stand in for
+    text that is not held; with all text at hand they cost more than they bring."""
     repeats: int = 4
     """Most times that a round trains on one dream: with few dreams, what is dreamt stays below the share."""
     cap: float = 0.05

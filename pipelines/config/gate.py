@@ -15,7 +15,7 @@ BOUNDS = ("mean", "low", "high")
 class GateConfig:
     """The test a candidate must pass before it goes live. Figures in bits per byte unless said."""
 
-    sequences: int = 8
+    sequences: int = 4
     """Held-out sequences per source (half of them at most) that the gate decides on; reports are made of the others."""
     max_forgetting: float = 0.25
     """Most a candidate may lose on any source seen before, against the anchor."""
@@ -42,7 +42,7 @@ class GateConfig:
     """Coverage of the intervals (paired bootstrap over the probes' sequences)."""
     samples: int = 1000
     """Bootstrap samples of an interval."""
-    prompts: int = 4
+    prompts: int = 2
     """Fixed prompts per source on which the divergence from the anchor is measured."""
     patience: int = 2
     """Rejections in a row after which the plan of the next rounds changes."""

@@ -213,9 +213,13 @@ class ReportConfig:
     look_every: int = 0
     """Tokens between two looks: the served model (live release and fast levels as they stand) and the release alone are
     measured on all sources seen so far. 0: none."""
+    sequences: int = 32
+    """Held-out sequences per source that rows of the matrix and looks are made of, spread evenly; 0: all there are. The
+    last look reads all of them in any case."""
 
     def __post_init__(self) -> None:
         at_least("report.look_every", self.look_every, 0)
+        at_least("report.sequences", self.sequences, 0)
 
 
 @dataclass(frozen=True)

@@ -60,13 +60,13 @@ class SleepConfig:
     """Most rounds that wait for the pool; beyond it the oldest is merged into the next."""
     batch: int = 8
     """Sequences per step over all ranks together."""
-    recent: float = 0.5
+    recent: float = 0.25
     """Share of recent experience in a batch; the rest is older experience, replayed."""
     replay_bytes: int = 0
     """Bytes of text (one per token) that replay may hold of the past: a fair sample of all of it. 0: everything."""
     sampler: str = "uniform"
     """How older experience is drawn: uniform, recency, or surprise."""
-    balance: float = 0.0
+    balance: float = 0.5
     """0: older experience is drawn as the sampler says. 1: every source equally often; in between, by a power of its
     share. A label that a source has is all that is known of it."""
     half_life: int = 2048
@@ -75,9 +75,10 @@ class SleepConfig:
     """Largest weight of one experience in the surprise sampler, in multiples of the mean."""
     source_cap: float = 0.5
     """Largest share of one source among replayed experiences in the surprise sampler."""
-    teacher: float = 0.1
-    """Weight of distillation from the teacher (the awake model) on recent experience; 0 skips its passes."""
-    anchor: float = 0.1
+    teacher: float = 0.0
+    """Weight of distillation from the teacher (the awake model) on recent experience; 0 skips its passes. Guides pay
+    where text is missing (sleep.replay_bytes); with all text at hand its own tokens say more."""
+    anchor: float = 0.0
     """Weight of distillation from the anchor (the last promoted model) on old experience; 0 skips its passes."""
     mixing: str = "constant"
     """How both weights run over a round: constant, linear (down to 0 at its last step), or cosine (the same, round)."""
@@ -97,15 +98,15 @@ class SleepConfig:
     """Reward for what the student says in such a step."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=2e-3))
     """Optimizer of the pool over all levels of the student; lr is the peak of sleep.schedule."""
-    schedule: str = "cosine"
+    schedule: str = "constant"
     """Step size: cosine (warmed up and cooled down within every round) or constant (never cooled down: needs
     sleep.average to release something cool)."""
     warmup: int = 20
     """Steps of the warm-up of a constant step size, once in a run."""
-    carry: str = "nothing"
+    carry: str = "trainer"
     """What a round takes over from the round that made its anchor: nothing (it starts from the release, without
     moments), moments, or trainer (moments and the weights that the release is an average of)."""
-    average: int = 0
+    average: int = 50
     """Horizon in steps of the exponential average of weights that is released; 0: the last weights are."""
     average_every: int = 4
     """Steps between two samples of that average."""

@@ -13,7 +13,7 @@ from nl_model.model import NestedLM
 from pipelines.config.schema import Config
 from pipelines.data.stream import Probe
 from pipelines.gate.evidence import Evidence, Storage
-from pipelines.gate.probe import Score, measure, prompt_divergence, score, split_probe
+from pipelines.gate.probe import Score, measure, prompt_divergence, score, split_probe, thinned
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,9 @@ class Judge:
     def __init__(self, probes: Mapping[str, Probe], cfg: Config) -> None:
         self.cfg = cfg
         both = {source: split_probe(probe, cfg.gate.sequences) for source, probe in probes.items()}
-        self.reported = {source: reported for source, (reported, _) in both.items()}
-        """What reports are made of."""
+        most = cfg.report.sequences
+        self.reported = {source: thinned(reported, most) for source, (reported, _) in both.items()}
+        """What rows of the matrix are made of."""
         self.probes = {source: gate for source, (_, gate) in both.items()}
         """What the gate sees."""
         self.known: Dict[int, Dict[str, Score]] = {}

@@ -84,6 +84,16 @@ def split_probe(probe: Probe, most: int) -> Tuple[Probe, Probe]:
     return _rows_of(probe, ~chosen), _rows_of(probe, chosen)
 
 
+def thinned(probe: Probe, most: int) -> Probe:
+    """At most so many of a probe's sequences, spread evenly; 0: all."""
+    rows = len(probe.tokens)
+    if not most or rows <= most:
+        return probe
+    chosen = np.zeros(rows, bool)
+    chosen[(2 * np.arange(most) + 1) * rows // (2 * most)] = True
+    return _rows_of(probe, chosen)
+
+
 def _rows_of(probe: Probe, chosen: np.ndarray) -> Probe:
     sizes = tuple(size for size, is_in in zip(probe.row_bytes, chosen, strict=True) if is_in)
     return Probe(probe.source, probe.tokens[chosen], sum(sizes), sizes)

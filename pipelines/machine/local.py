@@ -7,6 +7,7 @@ in memory. `circadian compare`, controls and tests of the run's machine train he
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -87,11 +88,15 @@ class MemoryHost:
     def save(self, tokens: int, checkpoint: Checkpoint) -> None:
         """Keep the newest checkpoint."""
         tensors, meta = checkpoint
-        self.kept = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, meta
+        kept = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        self.kept = kept, copy.deepcopy(meta)
 
     def newest(self) -> Optional[Checkpoint]:
-        """The newest checkpoint."""
-        return self.kept
+        """A copy of the newest checkpoint: a learner that begins there writes in place, and may die again."""
+        if self.kept is None:
+            return None
+        tensors, meta = self.kept
+        return {name: tensor.clone() for name, tensor in tensors.items()}, copy.deepcopy(meta)
 
 
 class LocalHost:

@@ -176,7 +176,10 @@ class LocalEngine:
             self.optimizer.state.pop(self.trained[name], None)
 
     def load_moments(self, state: TrainingState) -> None:
-        """Parameters that the state knows nothing of start with no moments."""
+        """Parameters that the state knows nothing of start with no moments.
+
+        What is taken over is copied: optimizers write in place, and whoever keeps the state may load it again.
+        """
         moments, names = state.moments(), {parameter: name for name, parameter in self.trained.items()}
         places = [(group, parameter) for group in self.optimizer.param_groups for parameter in group["params"]]
         for group, parameter in places:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nl_model.config import OptimizerConfig
-from nl_model.flops import forward_flops
+from nl_model.flops import forward_flops, write_flops
 from nl_model.losses import token_nll
 from nl_model.model import NestedLM, autocast
 from nl_model.weights import load_into
@@ -274,6 +274,8 @@ def _trained(
         weights, ending = merge_weights(weights, pinned.weights, sleep.merge), None
     forward = forward_flops(cfg.model, cfg.levels, models.anchor.vocab_size)
     read = objective.forward_tokens + dreams.passes
+    # Every rank writes its part of the matrices: one write in all.
+    written = task.schedule.steps * write_flops(cfg.model, cfg.levels, models.anchor.vocab_size, sleep.optimizer)
     return Candidate(
         weights=weights,
         offset={name: weights[name] - u for name, u in pinned.unshifted.items()},
@@ -284,7 +286,7 @@ def _trained(
         loss=loss,
         steps=task.schedule.steps,
         resumed_at=resumed_at,
-        flops=float(objective.trained_tokens * task.step_flops + read * forward),
+        flops=float(objective.trained_tokens * task.step_flops + read * forward) + written / host.place.world,
         optimizer_bytes=optimizer_bytes,
         dreams=dreams.record,
         trainer=task.trainer,

@@ -200,11 +200,11 @@ class Learner:
             self.spans[sequence.source] = (first, before + (i + 1) * context)
 
     def _look(self, before: int) -> List[Look]:
-        """A look where one is due; `before`: the position before the step, negative: it is due now."""
+        """A look where one is due; `before`: the position before the step, negative: it is due now, the last one."""
         every, now = self.cfg.report.look_every, self.awake.tokens
         if self.looks is None or (before >= 0 and now // every == before // every):
             return []
-        return [self.looks.look(self.awake, list(self.spans))]
+        return [self.looks.look(self.awake, list(self.spans), before < 0)]
 
     def _mark_on_the_way(self, cause: Optional[Cause]) -> List[Mark]:
         """A mark where a round is due, behind which the learner goes on."""

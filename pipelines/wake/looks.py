@@ -16,7 +16,7 @@ from nl_model.model import NestedLM
 from nl_model.weights import load_into
 from pipelines.config.schema import Config
 from pipelines.data.module import Setting
-from pipelines.gate.probe import score, split_probe
+from pipelines.gate.probe import score, split_probe, thinned
 from pipelines.wake.awake import Awake
 from pipelines.wake.report import Look
 
@@ -26,14 +26,22 @@ class Looks:
 
     def __init__(self, cfg: Config, data: Setting) -> None:
         self.cfg, self.base = cfg, list(data.base_sources)
-        self.probes = {name: split_probe(probe, cfg.gate.sequences)[0] for name, probe in data.probes().items()}
+        whole = {name: split_probe(probe, cfg.gate.sequences)[0] for name, probe in data.probes().items()}
+        self.whole = whole
+        """What the last look is made of; `probes`: what the others are."""
+        self.probes = {name: thinned(probe, cfg.report.sequences) for name, probe in whole.items()}
         self.model = NestedLM(cfg.model, cfg.levels, data.tokenizer.vocab_size)
         self.rested: Tuple[int, Dict[str, float]] = (-1, {})
         """Release whose scores these are, by source."""
 
     @torch.no_grad()
-    def look(self, awake: Awake, streamed: List[str]) -> Look:
-        """Measure the served model and the release alone on the base's sources and those streamed so far."""
+    def look(self, awake: Awake, streamed: List[str], last: bool = False) -> Look:
+        """Measure the served model and the release alone on the base's sources and those streamed so far.
+
+        last: of the stream; then on all sequences there are.
+        """
+        if last and self.probes is not self.whole:
+            self.probes, self.rested = self.whole, (-1, {})
         start = time.perf_counter()
         sources = [s for s in dict.fromkeys([*self.base, *streamed]) if s in self.probes]
         weights = {name: p.detach() for name, p in awake.model.named_parameters()}

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nl_model.flops import forward_flops, full_step_flops
+from nl_model.flops import forward_flops, full_step_flops, write_flops
 from nl_model.losses import token_nll
 from nl_model.model import NestedLM, autocast
 from pipelines.config.schema import Config
@@ -69,6 +69,8 @@ class OnlineTraining:
         shape = (cfg.model, cfg.levels, model.vocab_size)
         self.full, self.forward = float(full_step_flops(*shape)), float(forward_flops(*shape))
         self.full += self.hook.costs(cfg, model.vocab_size).trained
+        self.written = float(write_flops(*shape, cfg.sleep.optimizer))
+        """FLOPs of one write beside those of its tokens."""
 
     def step(self, new_BS: Tensor, keys_B: np.ndarray, note: Note, wait: Callable[[], None]) -> float:
         """Read new text and train on the share that is due; returns the FLOPs.
@@ -102,7 +104,8 @@ class OnlineTraining:
         if not passes:
             reading.read_only()
             wait()
-        flops, self.owed = self.owed + T * ((visits + old) * self.full + (B - taken) * self.forward), 0.0
+        trained = T * ((visits + old) * self.full + (B - taken) * self.forward) + passes * self.written
+        flops, self.owed = self.owed + trained, 0.0
         return flops
 
     def boundary(self) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Dict, List
 
 from torch import Tensor
 
-from nl_model.flops import forward_flops, full_step_flops, wake_step_flops
+from nl_model.flops import forward_flops, full_step_flops, wake_step_flops, write_flops
 from nl_model.levelled import Levelled
 from pipelines.config.schema import Config
 from pipelines.wake.hooks import HookCosts
@@ -43,14 +44,24 @@ def wake_flops(cfg: Config, vocab_size: int, costs: HookCosts = NOTHING) -> floa
     if wake.writes == "none":
         return float(forward_flops(*shape))
     unread = max(0.0, 1.0 - wake.trained * (1.0 - wake.replay))  # what is trained on is read with it
-    return wake.trained * (full_step_flops(*shape) + costs.trained) + unread * forward_flops(*shape) + costs.streamed
+    read = unread * forward_flops(*shape) + costs.streamed
+    return wake.trained * (full_step_flops(*shape) + costs.trained) + read + _writing(cfg, vocab_size, wake.trained)
+
+
+def _writing(cfg: Config, vocab_size: int, trained: float) -> float:
+    """FLOPs per streamed token of the writes of a learner that trains every level: one per wake step, or one per pass
+    over its new text where it makes several."""
+    passes = max(1, math.ceil(trained * (1.0 - cfg.wake.replay) - 1e-9))
+    one = write_flops(cfg.model, cfg.levels, vocab_size, cfg.sleep.optimizer)
+    return passes * one / (cfg.wake.batch * cfg.model.context)
 
 
 def pool_flops(cfg: Config, vocab_size: int) -> float:
-    """FLOPs per token that a round trains on: a full step, and a pass of the guide whose text it is."""
+    """FLOPs per token that a round trains on: a full step, a pass of the guide whose text it is, a share of the write."""
     sleep, shape = cfg.sleep, (cfg.model, cfg.levels, vocab_size)
     guided = sleep.recent * bool(sleep.teacher) + (1.0 - sleep.recent) * bool(sleep.anchor)
-    return full_step_flops(*shape) + guided * forward_flops(*shape)
+    write = write_flops(*shape, sleep.optimizer) / (sleep.batch * cfg.model.context)
+    return full_step_flops(*shape) + guided * forward_flops(*shape) + write
 
 
 def with_budget(cfg: Config, vocab_size: int, costs: HookCosts = NOTHING) -> Config:
@@ -72,7 +83,8 @@ def with_budget(cfg: Config, vocab_size: int, costs: HookCosts = NOTHING) -> Con
     if wake.writes != "all":
         left = max(0.0, sleep.epochs * full - wake_flops(cfg, vocab_size)) / pool_flops(cfg, vocab_size)
         return replace(cfg, sleep=replace(sleep, tokens_per_token=left, epochs=0.0))
-    new, step, budget = 1.0 - wake.replay, full + costs.trained, sleep.epochs * full - costs.streamed
+    new, step = 1.0 - wake.replay, full + costs.trained
+    budget = sleep.epochs * full - costs.streamed - _writing(cfg, vocab_size, sleep.epochs)
     trained = budget / step
     if new * trained < 1.0:  # some text is only read, which costs a forward pass; what is trained on is read with it
         trained = (budget - forward) / (step - new * forward)

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List
 
 import pytest
+from typer.testing import CliRunner
 
+from cluster.cli import app
 from pipelines.compare.data import TrialData, configured_bytes, order_sources, stream_of_folder
 from pipelines.compare.measure import curve, read_looks, read_online
 from pipelines.compare.methods import method_of
@@ -21,6 +23,11 @@ from pipelines.compare.runner import Chosen, Comparison, read_chosen
 from pipelines.compare.trial import Trial, configure, run_trial, speeds
 from pipelines.compare.trials import Trials, digest
 from pipelines.config.schema import Config
+from pipelines.machine.actions import End
+from pipelines.machine.faults import Faults
+from pipelines.machine.local import LocalParts
+from pipelines.machine.rules import Rules
+from pipelines.machine.simulated import Simulation
 from pipelines.wake.hooks import HookCosts
 from pipelines.wake.writes import pool_flops, wake_flops, with_budget
 
@@ -201,3 +208,41 @@ def test_only_train_and_valid_of_a_folder_are_read(tmp_path: Path) -> None:
     (tmp_path / "x" / "train.txt").write_text("text")
     assert stream_of_folder([f"stream.path={tmp_path}", "a=b"]) == [f"stream.path={tmp_path}/*/[tv][ra]*.txt", "a=b"]
     assert stream_of_folder(["stream.path=/nowhere"]) == ["stream.path=/nowhere"]
+
+
+@pytest.mark.parametrize("name", ["circadian", "replay:average=9", "mer", "lora"])
+def test_a_learner_that_dies_on_the_way_changes_nothing(name: str, load: Load, data: TrialData, tmp_path: Path) -> None:
+    one = trial(load, data, name)
+    base, found = Trials(tmp_path).base(one.cfg, data), []
+    for faults in (Faults(), Faults(seed=2, learner=0.2, most=3)):
+        cfg = with_budget(one.cfg, 257, one.method.build_hook().costs(one.cfg, 257))
+        setting = data.of(cfg)
+        parts = LocalParts(setting.cfg, setting, base, one.method.build_hook())
+        sources = tuple(setting.sources), tuple(setting.base_sources)
+        run = Simulation(Rules.of(setting.cfg, *sources, wake_flops(cfg, 257)), parts, faults=faults)
+        assert isinstance(run.attempt(), End)
+        found.append([record.fingerprint for record in run.machine.state.rounds])
+    assert run.dice.struck["learner"] > 0
+    assert found[0] == found[1] and len(found[0]) >= 2
+
+
+def test_the_command_writes_json_page_and_pictures(small: List[str], tmp_path: Path) -> None:
+    arguments = ["compare", "smoke", *small, "--preset", "none", "--methods", "naive,joint", "--seeds", "1"]
+    paths = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "o.json")]
+    arguments += ["wake.batch=4", "--orders", "A", "--grid", "2e-3", *paths]
+    said = CliRunner().invoke(app, arguments)
+    assert said.exit_code == 0, said.output
+    outcome = json.loads((tmp_path / "o.json").read_text())
+    assert outcome["regimes"]["whole"]["final_bpb"].keys() == {"naive", "joint"}
+    assert outcome["regimes"]["whole"]["area_bpb"].keys() == {"naive"}, "joint training has no stream"
+    assert "| **naive** |" in (tmp_path / "o.md").read_text() and len(list(tmp_path.glob("o-whole-*.png"))) == 4
+    again = CliRunner().invoke(app, [*arguments, "--settings", str(tmp_path / "nothing.json")])
+    assert "no outcome of `circadian compare`" in str(again.exception)
+
+
+def test_no_step_no_loss_and_no_schedule_lies_in_a_comparison() -> None:
+    folder = Path(__file__).parents[4] / "pipelines" / "compare"
+    words = (".backward(", "optimizer.step", ".zero_grad", "learning_rate(", "Schedule(", "training_step", "clip_grad")
+    for path in folder.rglob("*.py"):
+        text = path.read_text()
+        assert not [word for word in words if word in text], path

@@ -101,3 +101,17 @@ def test_a_training_shorter_than_two_samples_counts_too(make_model: MakeModel, m
         average=average,
     )
     assert average.samples == 1
+
+
+def test_a_state_that_is_kept_stays_as_it_is(make_model: MakeModel, make_levels: MakeLevels) -> None:
+    cfg, cpu = OptimizerConfig(lr=1e-2), torch.device("cpu")
+    first = LocalEngine(make_model(make_levels()), cfg)
+    train(first, TrueTokens(), Tokens(), Schedule("constant", 1e-2, 2), cpu)
+    held, after = HeldState.of(first), []
+    before = {name: tensor.clone() for name, tensor in held.tensors.items()}
+    for _ in range(2):  # a round that was rejected, and the next one from the same release
+        model = make_model(make_levels())
+        train(LocalEngine(model, cfg, state=held), TrueTokens(), Tokens(2), Schedule("constant", 1e-2, 2), cpu)
+        after.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(held.tensors[name], tensor) for name, tensor in before.items())
+    assert all(torch.equal(a, b) for a, b in zip(*after, strict=True))
