@@ -108,7 +108,7 @@ def headline(summary: Mapping[str, Any]) -> list[Line]:
     ]
     hint = "floating-point operations awake and asleep, the gate's included; of a control: of the trial shown"
     spent = [(summary.get("flops") or {}).get("total"), *(figures.get("flops", older) for figures in found[1:])]
-    lines.append(_line("FLOPs", hint, spent, flop))
+    lines.append(_line("Training FLOPs", hint, spent, flop))
     return lines
 
 

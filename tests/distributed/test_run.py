@@ -1,4 +1,4 @@
-"""One real run of the shipped smoke configuration from end to end, with its control, looked at from all sides."""
+"""One real run of the shipped smoke configuration from end to end, with its controls, looked at from all sides."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pipelines.report.events import build_timeline
 from tests.harness import TIMEOUT, Run, circadian, environment
 
 pytestmark = pytest.mark.timeout(400)
-PLOTS = {"online_loss.png", "matrix.png", "level_writes.png", "rounds.png", "surprise.png"}
+PLOTS = {"online_loss.png", "awake.png", "matrix.png", "level_writes.png", "rounds.png", "surprise.png"}
 # What `ray list actors` shows, from the cluster's own tables: the cluster of a run has no dashboard to ask.
 LIST_ACTORS = """
 import json, sys
@@ -109,17 +109,37 @@ def test_the_report_opens_offline(run: Run) -> None:
 def test_the_summary_has_its_figures(run: Run) -> None:
     summary = run.summary()
     assert summary["sources"] == ["docs", "python", "unicode", "fonts"]
-    for side in (summary, summary["control"]):
+    controls = summary["controls"]
+    assert list(controls) == ["replay", "naive"]
+    for side in (summary, *controls.values()):
         assert all(len(row) == 4 and all(math.isfinite(v) for v in row) for row in side["matrix"])
         assert side["mean_final_bpb"] == pytest.approx(np.mean(side["matrix"][-1]))
         assert math.isfinite(side["forgetting"]) and math.isfinite(side["learning"])
-    assert summary["matrix"][0] == summary["control"]["matrix"][0], "both begin with the same base"
+    for side in controls.values():
+        assert side["matrix"][0] == pytest.approx(summary["matrix"][0]), "all begin with the same base"
+        assert (side["learning_rate"], side["edge"], len(side["tried"])) == (2e-3, True, 1)
+    stronger = min(controls, key=lambda name: controls[name]["mean_final_bpb"])
+    assert summary["control"] == {"strategy": stronger, **controls[stronger]}
     assert summary["matrix"][-1][3] < summary["matrix"][0][3] - 0.2, "what was streamed has not been learned"
     assert summary["wake_tokens_per_second"] > 0 and 0 <= summary["system_overhead"] < 1
     assert {"torch", "ray", "deepspeed", "circadian"} <= set(summary["versions"])
     flops = summary["flops"]
     assert flops["wake"] > 0 and flops["sleep"] > 0
-    assert flops["control"] == pytest.approx(flops["wake"] + flops["sleep"], rel=0.02)
+    for side in controls.values():
+        assert side["flops"] == pytest.approx(flops["total"], rel=1e-6), "equal FLOPs, the gate's included"
+    assert flops["control"] == pytest.approx(2 * flops["total"], rel=1e-6)
+
+
+def test_the_table_and_the_page_have_both_controls_and_what_was_served(run: Run) -> None:
+    looks = run.events("look")
+    assert [look["tokens"] for look in looks][:3] == [8192, 16384, 24576]
+    assert set(looks[-1]["served"]) == set(looks[-1]["rested"]) == set(run.summary()["sources"])
+    table, page = run.tail(), (run.directory / "report.html").read_text()
+    assert re.search(r"Circadian +.? +replay +.? +naive", table), table
+    assert "best at the edge of what was tried" in table and "best at the edge of what was tried" in page
+    assert page.count('<th class="number">naive</th>') == 2 and "awake against release" in page
+    ended = {(event["strategy"], event["learning_rate"]) for event in run.events("control_finished")}
+    assert ended == {("replay", 2e-3), ("naive", 2e-3)}
 
 
 def test_the_summary_tells_of_every_round(run: Run) -> None:
@@ -222,7 +242,16 @@ def test_mlflow_knows_the_run_its_rounds_and_the_champion(run: Run) -> None:
 
 
 def test_a_finished_run_is_not_done_again(run: Run) -> None:
-    kinds = ("wake", "base_finished", "round_started", "round_finished", "gate", "matrix_row", "control")
+    kinds = (
+        "wake",
+        "base_finished",
+        "round_started",
+        "round_finished",
+        "gate",
+        "matrix_row",
+        "control",
+        "control_finished",
+    )
     before = {kind: len(run.events(kind)) for kind in kinds}
     summary = run.summary()
     store = {path: path.read_bytes() for path in (run.directory / "store").rglob("*") if path.is_file()}
@@ -270,7 +299,7 @@ def check_parent(client: Any, parent: Any, summary: Dict[str, Any]) -> None:
         logged = [(point.step, point.value) for point in points]
         rows = zip(summary["rows"], summary["matrix"], strict=True)
         assert logged == [(row["tokens"], pytest.approx(scores[place])) for row, scores in rows]
-    online = {"online_bpb/unicode", "online_bpb/fonts", "mean_final_bpb", "control/mean_final_bpb"}
+    online = {"online_bpb/unicode", "online_bpb/fonts", "mean_final_bpb", "control_naive/mean_final_bpb"}
     assert online <= set(parent.data.metrics)
     artifacts = {entry.path for entry in client.list_artifacts(parent.info.run_id)}
     assert {"config", "config.yaml", "report.html", "summary.json", *PLOTS} <= artifacts

@@ -277,7 +277,7 @@ def test_the_table_of_a_run(tmp_path: Path) -> None:
         "| Mean final bits per byte | **2.800** | 3.000 | 4.000 |",
         "| Forgetting | **0.100** | 0.600 | 0.600 |",
         "| final, `docs` (base) | **3.100** | 3.600 | 3.600 |",
-        "| FLOPs | 20 TFLOP | 19 TFLOP | 19 TFLOP |",
+        "| Training FLOPs | 20 TFLOP | 19 TFLOP | 19 TFLOP |",
         "1,310,720 tokens streamed, each once; 5,120 experiences committed, 0 lost, 0 twice.",
         "2 consolidation rounds, 1 promoted.",
         "System overhead 4.0% of the learner's time; 19,876 tokens/s inside wake steps.",

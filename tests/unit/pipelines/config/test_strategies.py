@@ -69,7 +69,7 @@ def test_a_file_of_another_strategy_is_not_half_taken_over(tmp_path: Path) -> No
 def test_another_strategy_over_a_resolved_configuration_is_that_strategy(name: str) -> None:
     """As if it had been asked for at once, whichever strategy lay there before."""
     wanted = load_config("smoke", [f"strategy={name}", "sleep.epochs=2"])
-    for before in ("circadian", "replay", "no_guides"):
+    for before in ("circadian", "replay", "no_balance"):
         found = with_strategy(load_config("smoke", [f"strategy={before}"]), name, {"sleep.epochs": 2.0})
         if before != "replay" or name in ("replay", "naive"):  # which took the place of the file's wake.batch
             assert found == wanted, before
