@@ -27,7 +27,7 @@ from cluster.storage.releases import (
 )
 from nl_model.weights import load_into
 from pipelines.config.schema import Config
-from pipelines.data.module import open_setting
+from pipelines.data.module import open_data
 from pipelines.experience.memory import MemoryStore
 from pipelines.gate.decision import Decision, decide
 from pipelines.gate.judge import Judge, gather_evidence
@@ -80,7 +80,7 @@ class HonestRun:
     """A run of a small model: its base is trained first, then `wake` and `sleep`, `night` take turns."""
 
     def __init__(self, cfg: Config, path: Path) -> None:
-        self.setting = open_setting(cfg)
+        self.setting = open_data(cfg)
         self.cfg = cfg = with_budget(cfg, self.setting.tokenizer.vocab_size)
         self.host = LocalHost(cfg, self.setting, path)
         self.measures = Judge(self.setting.probes(), cfg)

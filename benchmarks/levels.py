@@ -27,7 +27,7 @@ from nl_model.model import NestedLM
 from nl_model.online import OnlineLevels
 from pipelines.config.load import load_config
 from pipelines.config.schema import Config
-from pipelines.data.module import Setting, open_setting
+from pipelines.data.module import DataModule, open_data
 from pipelines.gate.probe import score
 from pipelines.machine.local import LocalHost
 from pipelines.machine.local import pretrain as pretrain_base
@@ -69,7 +69,7 @@ def level_configs(count: int, lr: float, cfg: Config) -> Dict[str, LevelConfig]:
     return {**fast, "slow": replace(slow, period=max(PERIODS[count]) * 64)}
 
 
-def pretrain(cfg: Config, setting: Setting) -> Dict[str, Tensor]:
+def pretrain(cfg: Config, setting: DataModule) -> Dict[str, Tensor]:
     """Weights of the slow level, pretrained on the base sources as a run pretrains its base."""
     cfg = replace(cfg, levels=level_configs(1, 0.0, cfg))
     with tempfile.TemporaryDirectory() as folder:
@@ -79,7 +79,7 @@ def pretrain(cfg: Config, setting: Setting) -> Dict[str, Tensor]:
         return {name: tensor for name, tensor in pretrain_base(cfg, host, sequences).items() if name not in fast}
 
 
-def live_through(cfg: Config, setting: Setting, base: Dict[str, Tensor], count: int, lr: float) -> Outcome:
+def live_through(cfg: Config, setting: DataModule, base: Dict[str, Tensor], count: int, lr: float) -> Outcome:
     """Read the whole stream once with `count` fast levels."""
     levels = level_configs(count, lr, cfg)
     model = NestedLM(cfg.model, levels, setting.tokenizer.vocab_size).reset_parameters(cfg.run.seed)
@@ -114,7 +114,7 @@ def measure(
     outcomes = []
     for seed in seeds:
         cfg = load_config("default", [*overrides, f"run.seed={seed}"])
-        setting = open_setting(cfg)
+        setting = open_data(cfg)
         base = pretrain(cfg, setting)
         for lr, count in itertools.product(rates, PERIODS):
             outcomes.append(live_through(cfg, setting, base, count, lr))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.tables import Spread, markdown_table
 from pipelines.config.load import load_config
-from pipelines.data.module import open_setting
+from pipelines.data.module import open_data
 from pipelines.report.events import Event, read_events
 from pipelines.report.page import read_summary
 
@@ -63,7 +63,7 @@ def shorter_run() -> list[str]:
     """Overrides of the default configuration that shorten base and stream; model, levels and pool stay its own."""
     cfg = load_config("default")
     period = min(level.period for level in cfg.levels.values() if level.owner == "pool")
-    sources = open_setting(cfg).stream_sources[:SOURCES]
+    sources = open_data(cfg).stream_sources[:SOURCES]
     return [
         f"base.tokens={BASE_TOKENS}",
         f"stream.max_source_bytes={period}",

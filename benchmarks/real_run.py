@@ -28,7 +28,7 @@ from nl_model.flops import full_step_flops
 from nl_model.weights import write_durably
 from pipelines.config.load import load_config, to_yaml
 from pipelines.config.schema import Config
-from pipelines.data.module import open_setting
+from pipelines.data.module import open_data
 from pipelines.report.events import read_events
 from pipelines.report.page import read_summary
 
@@ -107,7 +107,7 @@ def config_of(stream: str, strategy: str, seed: int, root: Path, changes: Sequen
     cfg = load_config("default", overrides, "micro")
     if cfg.report.look_every:
         return cfg
-    tokens = open_setting(cfg).stream().estimate_tokens()
+    tokens = open_data(cfg).stream().estimate_tokens()
     return load_config("default", [*overrides, f"report.look_every={tokens // LOOKS}"], "micro")
 
 
@@ -137,7 +137,7 @@ def read_run(directory: Path, cfg: Config, strategy: str) -> RunFigures:
             served, rested = (statistics.fmean(event[side].values()) for side in ("served", "rested"))
             looks[event["tokens"], event["release"]] = Look(event["tokens"], event["release"], served, rested)
             finals = event["served"]
-    shape = (cfg.model, cfg.levels, open_setting(cfg).tokenizer.vocab_size)
+    shape = (cfg.model, cfg.levels, open_data(cfg).tokenizer.vocab_size)
     ordered = list(looks.values())
     # The last look in the middle of the stream and the one after its last adoption are at the same place: one counts.
     counted = {look.tokens * LOOKS // max(1, ordered[-1].tokens): look for look in ordered}

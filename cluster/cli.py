@@ -58,9 +58,9 @@ def validate(arguments: Optional[List[str]] = ARGUMENTS) -> None:
     """Check a configuration and its data, forecast the memory, write nothing."""
     cfg = read_config(arguments)
     from cluster.driver.forecast import forecast  # noqa: PLC0415
-    from pipelines.data.module import open_setting  # noqa: PLC0415
+    from pipelines.data.module import open_data  # noqa: PLC0415
 
-    setting = open_setting(cfg)
+    setting = open_data(cfg)
     setting.probes()
     console = Console()
     console.print(to_yaml(cfg), markup=False, highlight=False)

@@ -18,7 +18,7 @@ from nl_model.model import NestedLM
 from nl_model.weights import parameters_of, save_tensors
 from pipelines.config.load import load_config
 from pipelines.config.schema import Config
-from pipelines.data.module import Setting, open_setting
+from pipelines.data.module import DataModule, open_data
 from pipelines.experience import ExperienceStore, Record
 from pipelines.sleep.base import base_records, base_sequences
 from pipelines.sleep.plan import RoundPlan
@@ -33,7 +33,7 @@ class Bench:
     """A run directory, and the plan of its first round."""
 
     run_dir: Path
-    setting: Setting
+    setting: DataModule
     plan: RoundPlan
     anchor_row: Dict[str, float]
 
@@ -50,7 +50,7 @@ class Bench:
         return str(self.run_dir / "releases" / "000000")
 
 
-def records(setting: Setting) -> List[Record]:
+def records(setting: DataModule) -> List[Record]:
     """The start of the stream as the learner would have logged it."""
     batch = setting.stream().next_batch(RECENT)
     return [
@@ -94,7 +94,7 @@ def own_cluster() -> Iterator[None]:
 def prepare(run_dir: Path) -> Bench:
     """Fill a run directory: store, release 0, fast snapshot."""
     cfg = load_config("smoke")
-    setting = open_setting(cfg)
+    setting = open_data(cfg)
     with ExperienceStore.open(run_dir / "store", cfg.model.context, setting.tokenizer.dtype, cfg.store) as store:
         store.append(base_records(base_sequences(setting.corpus, setting.tokenizer, cfg, setting.base_sources)))
         store.append(records(setting))

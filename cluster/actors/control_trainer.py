@@ -12,7 +12,7 @@ import torch
 from cluster.actors.start import configure_torch
 from cluster.storage.releases import load_release, split
 from pipelines.config.schema import Config
-from pipelines.data.module import open_setting
+from pipelines.data.module import open_data
 from pipelines.machine.control import Budget, Row, Trial, control_config, run_control
 
 
@@ -27,7 +27,7 @@ class ControlTrainer:
     def __init__(self, cfg: Config, tokenizer_state: Dict[str, Any]) -> None:
         configure_torch(cfg)
         torch.use_deterministic_algorithms(True, warn_only=True)
-        self.cfg, self.setting = cfg, open_setting(cfg, tokenizer_state)
+        self.cfg, self.setting = cfg, open_data(cfg, tokenizer_state)
         self.shown: Tuple[str, List[Row]] = ("", [])
 
     def ready(self) -> None:

@@ -12,7 +12,7 @@ from cluster.actors.start import configure_torch
 from cluster.storage.releases import Releases, load_release, split
 from nl_model.weights import load_tensors, save_tensors
 from pipelines.config.schema import Config
-from pipelines.data.module import open_setting
+from pipelines.data.module import open_data
 from pipelines.experience import Record, Snapshot
 from pipelines.wake.learner import Checkpoint, Learner
 from pipelines.wake.report import LearnerReport
@@ -27,7 +27,7 @@ class OnlineLearner:
         configure_torch(cfg)
         self.cfg = cfg
         self.host = DiskHost(cfg, Path(run_dir))
-        self.learner = Learner(cfg, open_setting(cfg, tokenizer_state), self.host)
+        self.learner = Learner(cfg, open_data(cfg, tokenizer_state), self.host)
 
     def restore(self, service: Any) -> LearnerReport:
         """Begin at the newest checkpoint, or at the base; the stream is replayed from there."""

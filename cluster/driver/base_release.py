@@ -16,7 +16,7 @@ from cluster.storage.releases import Release, Releases, load_release, shards_fin
 from nl_model.model import NestedLM
 from nl_model.weights import load_into
 from pipelines.config.schema import Config
-from pipelines.data.module import Setting
+from pipelines.data.module import DataModule
 from pipelines.data.stream import Sequence
 from pipelines.sleep.base import base_hash, base_sequences
 from pipelines.wake.writes import learner_writes
@@ -25,7 +25,7 @@ CACHE = ".bases"
 
 
 def prepare_base(
-    cfg: Config, run_dir: Path, setting: Setting, runner: RoundRunner, emit: Callable[..., Any]
+    cfg: Config, run_dir: Path, setting: DataModule, runner: RoundRunner, emit: Callable[..., Any]
 ) -> Tuple[List[Sequence], float]:
     """Make sure the run has a release 0; returns the base mixture (to be stored as experience) and the FLOPs spent."""
     releases = runner.releases
@@ -70,7 +70,7 @@ def _copy(source: Path, releases: Releases) -> None:
     releases.publish(release)
 
 
-def _from_checkpoint(cfg: Config, setting: Setting, releases: Releases) -> None:
+def _from_checkpoint(cfg: Config, setting: DataModule, releases: Releases) -> None:
     """Turn a release of another run into release 0 of this one; levels it lacks start neutral."""
     assert cfg.base.checkpoint is not None
     weights = split(load_release(Path(cfg.base.checkpoint)), "weight")
@@ -86,7 +86,7 @@ def _from_checkpoint(cfg: Config, setting: Setting, releases: Releases) -> None:
     _publish(cfg, setting, releases, whole, cfg.base.checkpoint)
 
 
-def _publish(cfg: Config, setting: Setting, releases: Releases, weights: Dict[str, Tensor], origin: str) -> None:
+def _publish(cfg: Config, setting: DataModule, releases: Releases, weights: Dict[str, Tensor], origin: str) -> None:
     """Make weights release 0, with an offset of zero for all that the learner writes."""
     model = NestedLM(cfg.model, cfg.levels, setting.tokenizer.vocab_size)
     tensors = {f"weight/{n}": t for n, t in weights.items()}

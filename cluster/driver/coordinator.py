@@ -23,7 +23,7 @@ from cluster.driver.parts import LearnerPart, PoolPart, ServicePart, train_in_th
 from cluster.driver.state import load_state
 from cluster.driver.summary import build_summary
 from pipelines.config.schema import Config
-from pipelines.data.module import Setting
+from pipelines.data.module import DataModule
 from pipelines.machine import actions as do
 from pipelines.machine import events as on
 from pipelines.machine import trace
@@ -54,7 +54,7 @@ class Coordinator:
     """
 
     def __init__(
-        self, cfg: Config, run_dir: Path, setting: Setting, emit: Callable[..., Any], tracking: TrackingClient
+        self, cfg: Config, run_dir: Path, setting: DataModule, emit: Callable[..., Any], tracking: TrackingClient
     ) -> None:
         cfg = with_budget(cfg, setting.tokenizer.vocab_size)
         self.cfg, self.run_dir, self.setting, self.emit = cfg, run_dir, setting, emit

@@ -21,7 +21,7 @@ from cluster.pool.group import PoolError
 from cluster.pool.rounds import Outcome, RoundRunner
 from cluster.storage.releases import Releases
 from pipelines.config.schema import Config
-from pipelines.data.module import Setting
+from pipelines.data.module import DataModule
 from pipelines.machine import actions as do
 from pipelines.machine import events as on
 from pipelines.machine.control import Budget
@@ -37,7 +37,7 @@ PROBE = 10.0
 class ServicePart:
     """The experience service."""
 
-    def __init__(self, cfg: Config, run_dir: Path, setting: Setting, calls: Calls, failed: Failed) -> None:
+    def __init__(self, cfg: Config, run_dir: Path, setting: DataModule, calls: Calls, failed: Failed) -> None:
         self.cfg, self.run_dir, self.setting, self.calls, self.failed = cfg, run_dir, setting, calls, failed
         self.actor: Any = None
 
@@ -89,7 +89,7 @@ class ServicePart:
 class LearnerPart:
     """The learner."""
 
-    def __init__(self, cfg: Config, run_dir: Path, setting: Setting, calls: Calls, failed: Failed) -> None:
+    def __init__(self, cfg: Config, run_dir: Path, setting: DataModule, calls: Calls, failed: Failed) -> None:
         self.cfg, self.calls, self.failed = cfg, calls, failed
         self.arguments = (cfg, str(run_dir), setting.tokenizer.state())
         self.actor: Any = None
@@ -149,7 +149,7 @@ class LearnerPart:
 class PoolPart:
     """The pool. Its jobs run in the runner's thread; each returns the event that it ends with."""
 
-    def __init__(self, cfg: Config, run_dir: Path, setting: Setting, calls: Calls, emit: Callable[..., Any]) -> None:
+    def __init__(self, cfg: Config, run_dir: Path, setting: DataModule, calls: Calls, emit: Callable[..., Any]) -> None:
         self.cfg, self.run_dir, self.setting, self.calls, self.emit = cfg, run_dir, setting, calls, emit
         self.runner = RoundRunner(cfg, run_dir, setting.tokenizer.state())
         self.releases = self.runner.releases

@@ -30,7 +30,7 @@ from nl_model.model import resolve_device
 from nl_model.weights import write_durably
 from pipelines.config.load import differences, load_config, to_yaml
 from pipelines.config.schema import Config
-from pipelines.data.module import Setting, open_setting
+from pipelines.data.module import DataModule, open_data
 from pipelines.experience import verify_recent
 from pipelines.report.events import EventLog
 
@@ -103,7 +103,7 @@ def run(cfg: Config, console: Console) -> int:
             resolve_device(cfg.compute.device)
         run_dir = Path(cfg.run.root).resolve() / cfg.run.name
         resumed = check_run_dir(run_dir, cfg)
-        setting = open_setting(cfg)
+        setting = open_data(cfg)
         setting.probes()
         with create_run_dir(run_dir, cfg), LiveView(cfg.run.name, console) as view:
             keep_tokenizer(run_dir, setting.tokenizer)
@@ -124,7 +124,7 @@ def run(cfg: Config, console: Console) -> int:
 def _drive(
     cfg: Config,
     run_dir: Path,
-    setting: Setting,
+    setting: DataModule,
     emit: Callable[..., Any],
     signals: Signals,
     resumed: bool,
@@ -186,7 +186,7 @@ def _position(signals: Signals) -> int:
     return signals.coordinator.state.tokens if signals.coordinator is not None else 0
 
 
-def _announce(cfg: Config, setting: Setting) -> Dict[str, Any]:
+def _announce(cfg: Config, setting: DataModule) -> Dict[str, Any]:
     return {
         "run": cfg.run.name,
         "sources": setting.sources,

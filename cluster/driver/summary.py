@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Optional
 import numpy as np
 
 from pipelines.config.schema import Config
-from pipelines.data.module import Setting
+from pipelines.data.module import DataModule
 from pipelines.dreams.report import dream_summary
 from pipelines.experience import DREAM_KEY, Snapshot
 from pipelines.gate.probe import Row, read_matrix
@@ -19,7 +19,7 @@ from pipelines.report.events import Timeline, build_timeline, read_events
 from pipelines.report.versions import versions
 
 
-def build_summary(cfg: Config, run_dir: Path, setting: Setting, state: RunState) -> Dict[str, Any]:
+def build_summary(cfg: Config, run_dir: Path, setting: DataModule, state: RunState) -> Dict[str, Any]:
     """The summary of a run, as README.md describes it."""
     wake, flops = state.wake, dict(state.flops)
     flops["total"] = flops["wake"] + flops["sleep"]
@@ -95,7 +95,7 @@ def _final(figures: Dict[str, Any]) -> float:
     return mean if math.isfinite(mean) else math.inf
 
 
-def experiences(cfg: Config, run_dir: Path, setting: Setting, state: RunState) -> Dict[str, int]:
+def experiences(cfg: Config, run_dir: Path, setting: DataModule, state: RunState) -> Dict[str, int]:
     """Count the store against the stream: every key up to the learner's position must be there exactly once."""
     snapshot = Snapshot.open(run_dir / "store")
     keys = np.asarray(snapshot.keys)

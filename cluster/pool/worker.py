@@ -21,7 +21,7 @@ from nl_model.flops import forward_flops, full_step_flops
 from nl_model.model import NestedLM, resolve_device
 from nl_model.weights import load_into, load_tensors
 from pipelines.config.schema import Config
-from pipelines.data.module import open_setting
+from pipelines.data.module import open_data
 from pipelines.experience import Snapshot
 from pipelines.gate.evidence import ShardFacts
 from pipelines.gate.judge import Judge, Verdict
@@ -71,7 +71,7 @@ class ConsolidationWorker:
         configure_torch(cfg)
         self.cfg, self.run_dir = cfg, Path(run_dir)
         self.device = resolve_device(cfg.compute.device)
-        self.setting = open_setting(cfg, tokenizer_state)
+        self.setting = open_data(cfg, tokenizer_state)
         self.probes = self.setting.probes()
         self.judge = Judge(self.probes, cfg)
         self.done: Tuple[int, int, float] = (0, 0, 0.0)

@@ -10,7 +10,7 @@ from cluster.storage.releases import Releases, load_release, split
 from nl_model.model import NestedLM
 from nl_model.weights import load_into, write_durably
 from pipelines.config.load import load_config
-from pipelines.data.module import open_setting
+from pipelines.data.module import open_data
 from pipelines.data.tokens import Tokenizer, build_tokenizer, tokenizer_from_state
 
 TOKENIZER = "tokenizer_state.json"
@@ -29,7 +29,7 @@ def read_tokenizer(run_dir: Path) -> Tokenizer:
     cfg = load_config(str(run_dir / "config.yaml"))
     if cfg.tokenizer.kind == "byte" or cfg.tokenizer.path is not None:
         return build_tokenizer(cfg.tokenizer, ())
-    return open_setting(cfg).tokenizer
+    return open_data(cfg).tokenizer
 
 
 def is_run(path: Path) -> bool:

@@ -11,7 +11,7 @@ from typing import Dict, List, Sequence
 import numpy as np
 
 from pipelines.config.schema import Config
-from pipelines.data.module import Setting, open_setting
+from pipelines.data.module import DataModule, open_data
 from pipelines.data.stream import Sequence as StreamSequence
 from pipelines.sleep.base import base_sequences
 
@@ -42,17 +42,17 @@ def order_sources(sources: Sequence[str], order: str) -> List[str]:
 class TrialData:
     """Text of all trials of one order and size. Methods get `setting`; the rest is for who measures them."""
 
-    setting: Setting
+    setting: DataModule
 
     @classmethod
     def open(cls, cfg: Config, order: str) -> TrialData:
         """Read the stream of a configuration in one order. ValueError where the data is not as configured."""
-        opened = open_setting(cfg)
+        opened = open_data(cfg)
         names = order_sources(opened.stream_sources, order)
         ordered = replace(cfg, stream=replace(cfg.stream, sources=names))
         return cls(replace(opened, cfg=ordered, stream_sources=names))
 
-    def of(self, cfg: Config) -> Setting:
+    def of(self, cfg: Config) -> DataModule:
         """The same text under the configuration of a method, its sources in this order."""
         stream = replace(cfg.stream, sources=self.setting.stream_sources)
         return replace(self.setting, cfg=replace(cfg, stream=stream))

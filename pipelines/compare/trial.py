@@ -20,7 +20,7 @@ from pipelines.compare.measure import Journal, curve, read_looks, read_online, r
 from pipelines.compare.methods import Method
 from pipelines.compare.options import REGIMES
 from pipelines.config.schema import Config
-from pipelines.data.module import Setting
+from pipelines.data.module import DataModule
 from pipelines.experience.memory import MemoryStore
 from pipelines.gate.judge import Judge
 from pipelines.gate.probe import score
@@ -117,7 +117,7 @@ def speeds(cfg: Config, vocab_size: int, costs: HookCosts, clock: str) -> Speeds
     return Speeds(learner=awake, pool=asleep or awake, unit="flops")
 
 
-def _stored(cfg: Config, setting: Setting, rows: int, costs: HookCosts) -> float:
+def _stored(cfg: Config, setting: DataModule, rows: int, costs: HookCosts) -> float:
     """Most bytes of text, and of what stands beside it, that are read back: replayed text, and a round's own."""
     context = cfg.model.context
     past = rows * context if not cfg.sleep.replay_bytes else min(cfg.sleep.replay_bytes, rows * context)

@@ -10,30 +10,30 @@ from nl_model.lazy import face
 
 if TYPE_CHECKING:
     from pipelines.data.corpus import Corpus
-    from pipelines.data.module import Setting, open_setting
+    from pipelines.data.module import DataModule, open_data
     from pipelines.data.stream import Cursor, Probe, Sequence, Stream
     from pipelines.data.tokens import Tokenizer
 
 __all__ = [
     "Corpus",
     "Cursor",
+    "DataModule",
     "Probe",
     "Sequence",
-    "Setting",
     "Stream",
     "Tokenizer",
-    "open_setting",
+    "open_data",
 ]
 __getattr__ = face(
     __name__,
     {
         "Corpus": "corpus",
         "Cursor": "stream",
-        "Setting": "module",
+        "DataModule": "module",
         "Probe": "stream",
         "Sequence": "stream",
         "Stream": "stream",
         "Tokenizer": "tokens",
-        "open_setting": "module",
+        "open_data": "module",
     },
 )

@@ -13,7 +13,7 @@ from pipelines.data.tokens import Tokenizer, build_tokenizer, tokenizer_from_sta
 
 
 @dataclass(frozen=True)
-class Setting:
+class DataModule:
     """The data side of a run."""
 
     cfg: Config
@@ -41,7 +41,7 @@ class Setting:
         return build_probes(self.corpus, self.tokenizer, self.cfg.stream, self.cfg.model.context, self.sources)
 
 
-def open_setting(cfg: Config, tokenizer_state: Optional[Dict[str, Any]] = None) -> Setting:
+def open_data(cfg: Config, tokenizer_state: Optional[Dict[str, Any]] = None) -> DataModule:
     """Open the corpus and build (or rebuild) the tokenizer. ValueError for anything wrong with the data."""
     corpus = open_corpus(cfg.stream)
     base_sources, stream_sources = select_sources(corpus, cfg.stream, cfg.base)
@@ -51,4 +51,4 @@ def open_setting(cfg: Config, tokenizer_state: Optional[Dict[str, Any]] = None) 
         named = base_sources or stream_sources[:2]
         texts = (d.text for s in named for _, d in itertools.islice(corpus.documents(s), 512))
         tokenizer = build_tokenizer(cfg.tokenizer, texts)
-    return Setting(cfg, corpus, tokenizer, base_sources, stream_sources)
+    return DataModule(cfg, corpus, tokenizer, base_sources, stream_sources)

@@ -19,7 +19,7 @@ from nl_model.flops import forward_flops, full_step_flops
 from pipelines.compare.widening import Widening, widen
 from pipelines.config.load import with_strategy
 from pipelines.config.schema import Config
-from pipelines.data.module import Setting
+from pipelines.data.module import DataModule
 from pipelines.gate.judge import Judge
 from pipelines.machine.local import LocalParts
 from pipelines.machine.rules import Rules
@@ -110,7 +110,7 @@ def next_trial(cfg: Config, control: Mapping[str, Mapping[str, Any]], running: C
     return min(due)[2] if due else None
 
 
-def control_config(cfg: Config, trial: Trial, budget: Budget, setting: Setting) -> Config:
+def control_config(cfg: Config, trial: Trial, budget: Budget, setting: DataModule) -> Config:
     """The configuration of a control, its FLOPs per stream token in `sleep.epochs`.
 
     Rounds are due every period, whatever the run's are due by: how often the gate reads is then known beforehand.
@@ -137,7 +137,7 @@ def control_config(cfg: Config, trial: Trial, budget: Budget, setting: Setting) 
     return with_strategy(cfg, trial.strategy, changes)
 
 
-def gate_flops(cfg: Config, setting: Setting, tokens: int) -> float:
+def gate_flops(cfg: Config, setting: DataModule, tokens: int) -> float:
     """FLOPs that the gate reads for in a run of so many tokens with a round in every period (pipelines/gate/judge.py):
     candidate and awake model on its sequences, the anchor in the first round, and the prompts twice."""
     period = min(level.period for level in cfg.levels.values() if level.owner == "pool")
@@ -162,7 +162,7 @@ def served_rows(state: RunState, cfg: Config) -> List[Row]:
 
 
 def run_control(
-    cfg: Config, setting: Setting, base: Weights, on_rows: Callable[[List[Row]], None]
+    cfg: Config, setting: DataModule, base: Weights, on_rows: Callable[[List[Row]], None]
 ) -> Tuple[List[Row], float]:
     """Run a control from release 0 to the end of the stream; returns its rows and the FLOPs spent, gate included.
 

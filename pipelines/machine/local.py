@@ -22,7 +22,7 @@ from nl_model.flops import forward_flops
 from nl_model.model import NestedLM, resolve_device
 from nl_model.weights import load_into, tensor_digest
 from pipelines.config.schema import Config
-from pipelines.data.module import Setting
+from pipelines.data.module import DataModule
 from pipelines.dreams.dream import dream, to_records
 from pipelines.dreams.report import night_record
 from pipelines.experience import Record
@@ -106,7 +106,7 @@ class LocalHost:
         folder: for what is read by memory map while a round lasts (stored guides).
     """
 
-    def __init__(self, cfg: Config, data: Setting, folder: Path, device: Optional[torch.device] = None) -> None:
+    def __init__(self, cfg: Config, data: DataModule, folder: Path, device: Optional[torch.device] = None) -> None:
         self.cfg, self.data, self.folder = cfg, data, folder
         self.place, self.device = Place(), device or resolve_device(cfg.compute.device)
         self.dreamt: Tuple[Record, ...] = ()
@@ -182,7 +182,7 @@ class LocalParts:
 
     cfg: Config
     """With its budget spread (pipelines/wake/writes.py)."""
-    data: Setting
+    data: DataModule
     base: Optional[Weights] = None
     """Weights of release 0 by parameter name; None: pretrain them."""
     hook: Optional[Hook] = None

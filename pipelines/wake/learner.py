@@ -18,7 +18,7 @@ from nl_model.model import NestedLM, resolve_device
 from nl_model.recall import ROWS, Recall
 from nl_model.weights import load_into
 from pipelines.config.schema import Config
-from pipelines.data.module import Setting
+from pipelines.data.module import DataModule
 from pipelines.data.stream import Cursor
 from pipelines.experience import DREAM_KEY, Record
 from pipelines.experience.replay import Experience
@@ -68,7 +68,7 @@ class Learner:
         hook: what is added to training, where the learner trains every level.
     """
 
-    def __init__(self, cfg: Config, data: Setting, host: LearnerHost, hook: Optional[Hook] = None) -> None:
+    def __init__(self, cfg: Config, data: DataModule, host: LearnerHost, hook: Optional[Hook] = None) -> None:
         self.cfg, self.data, self.host, self.hook = cfg, data, host, hook
         self.period = min(level.period for level in cfg.levels.values() if level.owner == "pool")
         self.looks = Looks(cfg, data) if cfg.report.look_every else None
@@ -104,7 +104,8 @@ class Learner:
     def _fill_recall(self, recall: Recall) -> None:
         """Let recall read what the store holds up to the last key, the base first.
 
-        For a start without a checkpoint, or with one whose recall is none or another: then no more than `RECALL_TOKENS` tokens.
+        For a start without a checkpoint, or with one whose recall is none or another: then no more than `RECALL_TOKENS`
+        tokens.
         """
         store = self.host.experience()
         rows = np.flatnonzero((store.keys <= self.last_key) & (store.keys < DREAM_KEY))

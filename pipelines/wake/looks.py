@@ -15,7 +15,7 @@ from torch import Tensor
 from nl_model.model import NestedLM
 from nl_model.weights import load_into
 from pipelines.config.schema import Config
-from pipelines.data.module import Setting
+from pipelines.data.module import DataModule
 from pipelines.gate.probe import score, split_probe, thinned
 from pipelines.wake.awake import Awake
 from pipelines.wake.report import Look
@@ -24,7 +24,7 @@ from pipelines.wake.report import Look
 class Looks:
     """Measures what is served. Recall, random states and gradient sums are left as they are."""
 
-    def __init__(self, cfg: Config, data: Setting) -> None:
+    def __init__(self, cfg: Config, data: DataModule) -> None:
         self.cfg, self.base = cfg, list(data.base_sources)
         whole = {name: split_probe(probe, cfg.gate.sequences)[0] for name, probe in data.probes().items()}
         self.whole = whole

@@ -12,7 +12,7 @@ from torch import Tensor
 from cluster.storage.releases import Releases, load_release, split
 from pipelines.config.load import load_config
 from pipelines.config.schema import Config
-from pipelines.data.module import open_setting
+from pipelines.data.module import open_data
 from pipelines.machine.local import LocalParts
 from pipelines.machine.records import RoundRecord
 from pipelines.machine.rules import Rules
@@ -31,7 +31,7 @@ SAME = ("id", "tokens", "anchor", "release", "steps", "decision", "reason", "rec
 def simulate(cfg: Config, base: Dict[str, Tensor] | None = None) -> Tuple[RunState, LocalParts, List[Dict[str, Any]]]:
     """A run of a configuration in simulated time: state, parts, looks."""
     torch.use_deterministic_algorithms(cfg.run.deterministic, warn_only=True)
-    data = open_setting(cfg)
+    data = open_data(cfg)
     cfg = with_budget(cfg, data.tokenizer.vocab_size)
     parts, looks = LocalParts(cfg, data, base), []
     awake = wake_flops(cfg, data.tokenizer.vocab_size)

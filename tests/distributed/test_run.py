@@ -23,7 +23,7 @@ from cluster.storage.releases import Releases, load_release, read_release, split
 from nl_model.model import NestedLM
 from nl_model.weights import load_into
 from pipelines.config.load import load_config
-from pipelines.data.module import open_setting
+from pipelines.data.module import open_data
 from pipelines.experience import Snapshot
 from pipelines.machine import trace
 from pipelines.report.events import build_timeline
@@ -189,7 +189,7 @@ def test_what_the_driver_did_is_what_the_machine_allows(run: Run) -> None:
 
 def test_the_first_wake_step_equals_the_base(run: Run) -> None:
     cfg = load_config(str(run.directory / "config.yaml"))
-    setting = open_setting(cfg)
+    setting = open_data(cfg)
     model = NestedLM(cfg.model, cfg.levels, setting.tokenizer.vocab_size)
     weights = split(load_release(Releases(run.directory / "releases").directory(0)), "weight")
     load_into(model, weights)

@@ -15,7 +15,7 @@ from cluster.storage.releases import Release, Releases, shards_fingerprint, writ
 from nl_model.model import NestedLM
 from nl_model.weights import load_tensors, parameters_of, save_tensors
 from pipelines.config.load import load_config
-from pipelines.data.module import open_setting
+from pipelines.data.module import open_data
 from pipelines.data.stream import Sequence as StreamSequence
 from pipelines.experience import ExperienceStore, Record
 from pipelines.sleep.plan import RoundPlan
@@ -53,7 +53,7 @@ def as_record(row: StreamSequence) -> Record:
 def prepare(run_dir: Path) -> RoundPlan:
     """A run directory that is ready for round 1, with weights that are zero nowhere."""
     cfg = load_config("smoke")
-    setting = open_setting(cfg)
+    setting = open_data(cfg)
     with ExperienceStore.open(run_dir / "store", cfg.model.context, setting.tokenizer.dtype, cfg.store) as store:
         store.append([as_record(row) for row in setting.stream().next_batch(ROWS)])
         snapshot = store.commit()
@@ -75,7 +75,7 @@ def work(run_dir: str, plan: RoundPlan, answers: Any) -> None:
     """One rank, all cases."""
     from cluster.pool.worker import ConsolidationWorker
 
-    state = open_setting(load_config("smoke")).tokenizer.state()
+    state = open_data(load_config("smoke")).tokenizer.state()
     for number, (mode, stage, merge) in enumerate(CASES):
         keys = [f"sleep.mode={mode}", f"sleep.slot_rank={RANK}", f"pool.zero_stage={stage}", "pool.ranks=1"]
         keys.append(f"sleep.merge={merge}")

@@ -17,7 +17,7 @@ from nl_model.model import NestedLM
 from nl_model.weights import fingerprint
 from pipelines.config.load import to_yaml
 from pipelines.config.schema import Config, TokenizerConfig
-from pipelines.data.module import open_setting
+from pipelines.data.module import open_data
 from pipelines.data.tokens import BPETokenizer
 from tests.unit.nl_model.hf_checkpoints import save_checkpoint, stored, tokens
 
@@ -60,7 +60,7 @@ def test_a_trained_tokenizer_outlives_its_sources(
     tmp_path: Path, make_config: Callable[..., Config], make_model: Callable[..., NestedLM], corpus_folder: Path
 ) -> None:
     cfg = make_config(tokenizer=TokenizerConfig("bpe", 300))
-    trained = open_setting(cfg).tokenizer
+    trained = open_data(cfg).tokenizer
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "config.yaml").write_text(to_yaml(cfg))

@@ -11,7 +11,7 @@ import pytest
 from nl_model.config import LevelConfig
 from nl_model.model import NestedLM
 from pipelines.config.schema import Config
-from pipelines.data.module import open_setting
+from pipelines.data.module import open_data
 from pipelines.data.stream import Probe
 from pipelines.gate.probe import Row, own_rows, probe_bpb, read_matrix, score
 
@@ -89,7 +89,7 @@ def test_a_uniform_model_needs_log2_vocab_bits_per_token(
 def test_bits_per_byte_are_the_summed_loss_over_the_bytes(
     make_config: Callable[..., Config], make_model: Callable[..., NestedLM]
 ) -> None:
-    setting = open_setting(make_config())
+    setting = open_data(make_config())
     model, probes = make_model(setting.cfg.levels), setting.probes()
     found = score(model, probes, ["c", "a"])
     assert list(found) == ["c", "a"]

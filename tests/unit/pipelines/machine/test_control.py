@@ -15,7 +15,7 @@ from nl_model.model import NestedLM
 from pipelines.compare.widening import widen
 from pipelines.config.load import load_config
 from pipelines.config.schema import Config, ControlConfig
-from pipelines.data.module import open_setting
+from pipelines.data.module import open_data
 from pipelines.machine.control import (
     Budget,
     Trial,
@@ -124,7 +124,7 @@ def test_a_control_spends_what_the_run_spent_from_the_runs_base(
     strategy: str, epochs: float, make_config: Callable[..., Config], make_model: Callable[..., NestedLM]
 ) -> None:
     cfg = make_config()
-    setting = open_setting(cfg)
+    setting = open_data(cfg)
     stream, sequences = setting.stream(), 0
     while batch := stream.next_batch(4):
         sequences += len(batch)
@@ -151,7 +151,7 @@ def test_controls_are_equal_whatever_ran_before(
     make_config: Callable[..., Config], make_model: Callable[..., NestedLM]
 ) -> None:
     cfg = make_config()
-    setting, seen = open_setting(cfg), set[float]()
+    setting, seen = open_data(cfg), set[float]()
     found = control_config(cfg, Trial("replay", 0.01), Budget(1e5, 3200), setting)
     base = {name: p.detach().clone() for name, p in make_model(cfg.levels).named_parameters()}
     for _ in range(2):

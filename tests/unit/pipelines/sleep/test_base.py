@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pipelines.config.schema import BaseConfig, ComputeConfig, Config, PoolConfig, TokenizerConfig
-from pipelines.data.module import open_setting
+from pipelines.data.module import open_data
 from pipelines.data.stream import Sequence
 from pipelines.experience import ExperienceStore, Snapshot
 from pipelines.sleep.base import BaseBatches, base_hash, base_records, base_sequences, base_steps
@@ -27,7 +27,7 @@ def sequences(make_config: Callable[..., Config]) -> List[Sequence]:
 
 
 def mixture(config: Config, sources: List[str] = BOTH) -> List[Sequence]:
-    setting = open_setting(config)
+    setting = open_data(config)
     return base_sequences(setting.corpus, setting.tokenizer, config, sources)
 
 

@@ -16,7 +16,7 @@ from nl_model.model import NestedLM
 from nl_model.recall import Recall
 from nl_model.weights import load_into, load_tensors, parameters_of, save_tensors
 from pipelines.config.schema import Config
-from pipelines.data.module import Setting, open_setting
+from pipelines.data.module import DataModule, open_data
 from pipelines.data.stream import Sequence
 from pipelines.experience import ExperienceStore, Record, Snapshot
 from pipelines.wake.awake import Awake, Log
@@ -27,12 +27,12 @@ SGD = OptimizerConfig(name="sgd", lr=0.1, beta1=0.0, clip=0.0)
 
 
 @pytest.fixture(scope="module")
-def setting(make_config: Callable[..., Config]) -> Setting:
-    return open_setting(make_config())
+def setting(make_config: Callable[..., Config]) -> DataModule:
+    return open_data(make_config())
 
 
 @pytest.fixture(scope="module")
-def batches(setting: Setting) -> List[List[Sequence]]:
+def batches(setting: DataModule) -> List[List[Sequence]]:
     """The first 24 wake steps of 2 x 16 tokens: six periods of medium, twelve of fast."""
     stream = setting.stream()
     return [stream.next_batch(2) for _ in range(24)]
@@ -52,7 +52,7 @@ def make_awake(
 
 
 @pytest.fixture
-def store(tmp_path: Path, setting: Setting) -> Iterator[ExperienceStore]:
+def store(tmp_path: Path, setting: DataModule) -> Iterator[ExperienceStore]:
     with ExperienceStore.open(tmp_path / "store", 16, setting.tokenizer.dtype) as opened:
         yield opened
 
@@ -199,7 +199,7 @@ def poisoned(awake: Awake, batch: List[Sequence]) -> int:
 
 
 @pytest.fixture(scope="module")
-def mixed(setting: Setting) -> List[Sequence]:
+def mixed(setting: DataModule) -> List[Sequence]:
     """A batch with one sequence of each source."""
     sequences = list(setting.stream())
     return [sequences[0], next(s for s in sequences if s.source == "c")]
