@@ -31,7 +31,8 @@ class GateConfig:
     max_awake_loss: float = 0.3
     """Most a candidate may lose on the recent sources' mean against the awake model, at the favourable end."""
     max_divergence: float = 1.0
-    """Most nats per token (KL) by which a candidate may part from the anchor on older sources' prompts, on average."""
+    """Most nats per token (KL) by which a candidate may part from the anchor on older sources' prompts, on average;
+    .inf for no bound, and then it is not measured."""
     max_mismatch: float = 0.02
     """Most nats per token by which the loss of a candidate's weights may differ, on its training's last batch, from
     the loss that the student had there."""

@@ -31,8 +31,12 @@ class RunSection:
     """Seed of initial weights, schedules and samplers."""
     deterministic: bool = False
     """Adopt releases at fixed stream positions (the learner then waits for them), so that reruns are bit-equal."""
+    lag: float = 1.0
+    """Periods of the pool's fastest level between a mark and the adoption of its release, where deterministic. 1: the
+    pool works beside the learner. 0: the learner waits for every round, and nothing is ever behind."""
 
     def __post_init__(self) -> None:
+        at_least("run.lag", self.lag, 0)
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ValueError(f"run.name={self.name!r} must be a plain folder name")
 

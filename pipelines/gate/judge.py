@@ -6,6 +6,7 @@ Shapes: B sequences, S stored tokens (context + 1), T = S - 1, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Dict, List, Mapping, Sequence, Tuple
 
@@ -82,11 +83,11 @@ class Judge:
             source: prompt_divergence(
                 candidate, anchor, self.probes[source], gate.prompts, self.cfg.run.seed, precision
             )
-            for source in sources
+            for source in (sources if math.isfinite(gate.max_divergence) else ())
         }
         row = score(candidate, self.reported, sources, precision)
         read = sum(self.probes[source].tokens[:, 1:].size for source in sources) * (2 + (not is_known))
-        asked = sum(min(gate.prompts, len(self.probes[source].tokens)) for source in sources)
+        asked = sum(min(gate.prompts, len(self.probes[source].tokens)) for source in divergence)
         read += 2 * asked * self.cfg.model.context
         found = {source: old[source] for source in sources}
         return Verdict(new, found, scores(awake), divergence, recent, ending, row, read)

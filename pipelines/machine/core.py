@@ -64,9 +64,9 @@ class Core:
         self._do(action)
 
     def _adopt(self, release: int) -> None:
-        """Where deterministic: at the boundary one period behind the one that the round pinned."""
+        """Where deterministic: at a fixed distance behind the boundary that the round pinned."""
         rules = self.rules
-        not_before = release_tokens(self.state, release) + rules.period if rules.deterministic else 0
+        not_before = release_tokens(self.state, release) + rules.lag if rules.deterministic else 0
         self._call(do.Adopt(self.attempts[on.LEARNER], release, not_before))
 
     def _charge(self, part: str, cause: str, users: bool) -> bool:

@@ -173,10 +173,10 @@ class Machine(Reactions):
             self._call(do.Advance(self.attempts[on.LEARNER], CHUNK, until))
 
     def _until(self) -> Optional[int]:
-        """Where deterministic, the learner waits one period behind a mark until its round is decided."""
+        """Where deterministic, the learner waits at a fixed distance behind a mark until its round is decided."""
         if not self.rules.deterministic or not self.state.queue:
             return None
-        return min(mark.tokens for mark in self.state.queue) + self.rules.period
+        return min(mark.tokens for mark in self.state.queue) + self.rules.lag
 
     def _close(self) -> None:
         """The stream has ended and every round is decided: the learner takes the last release over, and that was it."""

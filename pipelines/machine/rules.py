@@ -30,6 +30,8 @@ class Rules:
     seed: int = 0
     deterministic: bool = False
     """Adoptions have fixed places in the stream: the learner waits for the pool where it must."""
+    behind: float = 1.0
+    """Periods between a mark and that place."""
     sleep: SleepConfig = field(default_factory=SleepConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     failures: FailureConfig = field(default_factory=FailureConfig)
@@ -39,6 +41,11 @@ class Rules:
     """Give the pool's place back after every round."""
     control: bool = False
     """Train controls when the stream has ended."""
+
+    @property
+    def lag(self) -> int:
+        """Tokens between a mark and the place where its release is adopted, where `deterministic`."""
+        return round(self.behind * self.period)
 
     @property
     def depth(self) -> int:
@@ -58,6 +65,7 @@ class Rules:
             wake_flops=wake_flops,
             seed=cfg.run.seed,
             deterministic=cfg.run.deterministic,
+            behind=cfg.run.lag,
             sleep=cfg.sleep,
             gate=cfg.gate,
             failures=cfg.failures,
