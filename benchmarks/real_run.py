@@ -35,8 +35,20 @@ from pipelines.report.page import read_summary
 LOOKS = 20
 EPOCHS = 1.9
 """Full training steps per streamed token for wake and sleep; the gate comes on top, and all together stay below two."""
-SOURCES = ("stream.sources=[play,code_c,law_de]", "base.sources=[wiki,math]")
-"""Sources of the stream in order A, and of the base."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is streamed."""
+
+    stream: str
+    """Folder of NAME/train.txt and NAME/valid.txt."""
+    sources: str
+    """Sources of the stream, in order."""
+    base: str
+    """Sources of the base."""
+
+
 TIMEOUT = 3600.0
 """Seconds after which a run is given up."""
 
@@ -89,12 +101,13 @@ def from_plain(plain: Mapping[str, Any]) -> RunFigures:
     return RunFigures(**{**plain, "recalled": recalled, "looks": [Look(**look) for look in plain["looks"]]})
 
 
-def config_of(stream: str, strategy: str, seed: int, root: Path, changes: Sequence[str], deterministic: bool) -> Config:
+def config_of(text: Text, strategy: str, seed: int, root: Path, changes: Sequence[str], deterministic: bool) -> Config:
     """The configuration of one run: micro sizes, looked at twenty times."""
     name = f"{strategy}-{seed}" + "".join(f"-{change}" for change in changes).replace("/", "_")
     overrides = [
-        f"stream.path={stream.rstrip('/')}/*/[tv][ra]*.txt",
-        *SOURCES,
+        f"stream.path={text.stream.rstrip('/')}/*/[tv][ra]*.txt",
+        f"stream.sources=[{text.sources}]",
+        f"base.sources=[{text.base}]",
         f"strategy={strategy}",
         f"run.name={name}",
         f"run.root={root}",
@@ -197,6 +210,8 @@ def main() -> None:
     """Run what is not run yet and write JSON and page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.real_run", description=__doc__)
     parser.add_argument("--stream", default="../shared/data/s5", help="folder of NAME/train.txt and NAME/valid.txt")
+    parser.add_argument("--sources", default="play,code_c,law_de", help="of the stream, in order")
+    parser.add_argument("--base", default="wiki,math", help="sources of the base")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--strategies", default="circadian,replay", help="names; NAME:key=value changes keys")
     parser.add_argument("--work", type=Path, default=Path("runs/real-run"), help="where runs are kept")
@@ -204,11 +219,11 @@ def main() -> None:
     parser.add_argument("--free", action="store_true", help="adopt releases as they come, not at fixed positions")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    found = []
+    text, found = Text(options.stream, options.sources, options.base), []
     for seed in (int(part) for part in options.seeds.split(",")):
         for given in options.strategies.split(","):
             strategy, *changes = given.split(":")
-            cfg = config_of(options.stream, strategy, seed, options.work, changes, not options.free)
+            cfg = config_of(text, strategy, seed, options.work, changes, not options.free)
             found.append(read_run(run(cfg), cfg, given))
             one = found[-1]
             print(
