@@ -29,12 +29,13 @@ from nl_model.weights import write_durably
 from pipelines.config.load import load_config, to_yaml
 from pipelines.config.schema import Config
 from pipelines.data.module import open_data
+from pipelines.machine.control import gate_flops
 from pipelines.report.events import read_events
 from pipelines.report.page import read_summary
 
 LOOKS = 20
-EPOCHS = 1.9
-"""Full training steps per streamed token for wake and sleep; the gate comes on top, and all together stay below two."""
+EPOCHS = 2.0
+"""FLOPs of wake, sleep and gate together, in full training steps per streamed token."""
 
 
 @dataclass(frozen=True)
@@ -113,15 +114,17 @@ def config_of(text: Text, strategy: str, seed: int, root: Path, changes: Sequenc
         f"run.root={root}",
         f"run.seed={seed}",
         f"run.deterministic={str(deterministic).lower()}",
-        f"sleep.epochs={EPOCHS}",
         "control.enabled=false",
         *changes,
     ]
-    cfg = load_config("default", overrides, "micro")
-    if cfg.report.look_every:
-        return cfg
-    tokens = open_data(cfg).stream().estimate_tokens()
-    return load_config("default", [*overrides, f"report.look_every={tokens // LOOKS}"], "micro")
+    cfg = load_config("default", [f"sleep.epochs={EPOCHS}", *overrides], "micro")
+    data = open_data(cfg)
+    tokens = data.stream().estimate_tokens()
+    # What the gate reads for depends on how often a strategy has rounds; the rest of the budget is for wake and sleep.
+    full = full_step_flops(cfg.model, cfg.levels, data.tokenizer.vocab_size)
+    rest = EPOCHS - gate_flops(cfg, data, tokens) / tokens / full
+    measured = [f"sleep.epochs={rest:.4f}", f"report.look_every={tokens // LOOKS}"]
+    return load_config("default", [*measured, *overrides], "micro")
 
 
 def run(cfg: Config) -> Path:
@@ -213,7 +216,11 @@ def main() -> None:
     parser.add_argument("--sources", default="play,code_c,law_de", help="of the stream, in order")
     parser.add_argument("--base", default="wiki,math", help="sources of the base")
     parser.add_argument("--seeds", default="1,2,3")
-    parser.add_argument("--strategies", default="circadian,replay", help="names; NAME:key=value changes keys")
+    parser.add_argument(
+        "--strategies",
+        default="circadian,circadian:run.lag=0,replay:levels.slow.period=65536",
+        help="names; NAME:key=value changes keys",
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/real-run"), help="where runs are kept")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/real-run.json"))
     parser.add_argument("--free", action="store_true", help="adopt releases as they come, not at fixed positions")

@@ -96,7 +96,7 @@ class SleepConfig:
     """Tokens that the student says in such a step."""
     imitation: ImitationConfig = field(default_factory=ImitationConfig)
     """Reward for what the student says in such a step."""
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(name="muon", lr=1e-2))
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=2e-3))
     """Optimizer of the pool over all levels of the student; lr is the peak of sleep.schedule."""
     schedule: str = "constant"
     """Step size: cosine (warmed up and cooled down within every round) or constant (never cooled down: needs
@@ -106,7 +106,7 @@ class SleepConfig:
     carry: str = "trainer"
     """What a round takes over from the round that made its anchor: nothing (it starts from the release, without
     moments), moments, or trainer (moments and the weights that the release is an average of)."""
-    average: int = 25
+    average: int = 50
     """Horizon in steps of the exponential average of weights that is released; 0: the last weights are."""
     average_every: int = 4
     """Steps between two samples of that average."""

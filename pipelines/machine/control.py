@@ -145,6 +145,7 @@ def gate_flops(cfg: Config, setting: DataModule, tokens: int) -> float:
     probes = Judge(setting.probes(), cfg).probes.values()
     read = sum(probe.tokens[:, 1:].size for probe in probes)
     asked = sum(min(cfg.gate.prompts, len(probe.tokens)) for probe in probes) * cfg.model.context
+    asked *= math.isfinite(cfg.gate.max_divergence)
     forward = float(forward_flops(cfg.model, cfg.levels, setting.tokenizer.vocab_size))
     return forward * (rounds * 2 * (read + asked) + (read if rounds else 0))
 
