@@ -104,7 +104,7 @@ def from_plain(plain: Mapping[str, Any]) -> RunFigures:
 
 def config_of(text: Text, strategy: str, seed: int, root: Path, changes: Sequence[str], deterministic: bool) -> Config:
     """The configuration of one run: micro sizes, looked at twenty times."""
-    name = f"{strategy}-{seed}" + "".join(f"-{change}" for change in changes).replace("/", "_")
+    name = f"{strategy}-{seed}" + "".join(f"-{change}" for change in changes).replace("/", "_").replace("=", "-")
     overrides = [
         f"stream.path={text.stream.rstrip('/')}/*/[tv][ra]*.txt",
         f"stream.sources=[{text.sources}]",
@@ -216,11 +216,8 @@ def main() -> None:
     parser.add_argument("--sources", default="play,code_c,law_de", help="of the stream, in order")
     parser.add_argument("--base", default="wiki,math", help="sources of the base")
     parser.add_argument("--seeds", default="1,2,3")
-    parser.add_argument(
-        "--strategies",
-        default="circadian,circadian:run.lag=0,replay:levels.slow.period=65536",
-        help="names; NAME:key=value changes keys",
-    )
+    given = "circadian,circadian:run.lag=0,replay:levels.slow.period=65536"
+    parser.add_argument("--strategies", default=given, help="names; NAME:key=value changes keys")
     parser.add_argument("--work", type=Path, default=Path("runs/real-run"), help="where runs are kept")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/real-run.json"))
     parser.add_argument("--free", action="store_true", help="adopt releases as they come, not at fixed positions")
