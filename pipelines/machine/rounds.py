@@ -10,6 +10,7 @@ from pipelines.machine.replan import Adjustment, adjustment
 from pipelines.machine.rules import Rules
 from pipelines.machine.state import RunState
 from pipelines.sleep.plan import RoundPlan, num_steps
+from pipelines.wake.report import Mark
 
 
 def plan_round(state: RunState, rules: Rules) -> RoundPlan:
@@ -24,7 +25,7 @@ def plan_round(state: RunState, rules: Rules) -> RoundPlan:
         fast=mark.fast,
         anchor=state.live,
         tokens=mark.tokens,
-        steps=num_steps(rules.sleep, first, mark.last_key),
+        steps=num_steps(rules.sleep, _budgeted_from(state, mark), mark.last_key),
         seed=rules.seed * 1_000_003 + state.next_round,
         recent_scale=changes.recent_scale,
         lr_scale=changes.lr_scale,
@@ -32,6 +33,17 @@ def plan_round(state: RunState, rules: Rules) -> RoundPlan:
         store_seed=rules.seed,
         dreams_stored=dreams_stored(state),
     )
+
+
+def _budgeted_from(state: RunState, mark: Mark) -> int:
+    """First stream key that no round has had steps for yet.
+
+    A rejected round has spent its FLOPs. Its experience is recent again in the next one, but brings no second budget: a
+    gate that rejects often would multiply what a run costs.
+    """
+    if not state.rounds or not mark.tokens:
+        return 0
+    return state.rounds[-1].tokens * (mark.last_key + 1) // mark.tokens
 
 
 def current_adjustment(state: RunState, rules: Rules) -> Adjustment:

@@ -31,8 +31,12 @@ def write(tmp_path: Path) -> Callable[[str], str]:
     return to_file
 
 
-def test_the_defaults_are_valid_and_are_the_shipped_default() -> None:
-    assert load_config("default") == replace(Config(), run=RunSection(name="default"))
+def test_the_shipped_default_is_the_defaults_but_for_what_makes_it_repeatable_and_measured() -> None:
+    plain = Config()
+    shipped = load_config("default")
+    assert shipped.run == RunSection(name="default", deterministic=True)
+    assert shipped.sleep == replace(plain.sleep, epochs=1.0) and shipped.report.look_every > 0
+    assert replace(shipped, run=plain.run, sleep=plain.sleep, report=plain.report) == plain
 
 
 def test_every_shipped_configuration_is_valid() -> None:
@@ -211,8 +215,11 @@ def test_levels_that_form_no_hierarchy(write: Callable[[str], str], levels: str,
         (["sleep.on_policy=1.5"], r"sleep\.on_policy=1\.5 must lie between 0 and 1"),
         (["sleep.continuation=0"], r"sleep\.continuation=0 must be at least 1"),
         (["sleep.on_policy=0.5", "sleep.teacher=0", "sleep.anchor=0"], r"sleep\.on_policy needs a guide"),
-        (["sleep.on_policy=0.5", "sleep.continuation=127", "model.context=128"], r"continuation=127.*at most 126"),
-        (["sleep.on_policy=0.5", "pool.zero_stage=3"], r"pool\.zero_stage=2 or less"),
+        (
+            ["sleep.teacher=0.1", "sleep.on_policy=0.5", "sleep.continuation=127", "model.context=128"],
+            r"continuation=127.*at most 126",
+        ),
+        (["sleep.teacher=0.1", "sleep.on_policy=0.5", "pool.zero_stage=3"], r"pool\.zero_stage=2 or less"),
         (["sleep.imitation.weight=0.5"], r"sleep\.imitation\.weight.*sleep\.on_policy"),
         (["sleep.imitation.semantic=2"], r"sleep\.imitation\.semantic=2"),
         (["sleep.imitation.cutoff=-1"], r"sleep\.imitation\.cutoff=-1 must be at least 0"),

@@ -31,6 +31,7 @@ from pipelines.dreams.file import FILE, read_dreams, write_dreams
 from pipelines.experience import DREAM_KEY, ExperienceStore, Record, Snapshot, dream_key
 from pipelines.sleep.batches import RoundBatches
 from pipelines.sleep.plan import RoundPlan
+from pipelines.sleep.training import Place
 
 CONTEXT, BASE, STREAMED, FIRST, LAST = 16, 9, 120, 40, 110
 QUARANTINED = set(range(45, 110, 7))
@@ -224,20 +225,24 @@ def test_dreams_are_marked_and_carry_parents_and_subjects(model: NestedLM, snaps
 
 def test_batches_take_dreams_in_place_of_old_experience(snapshot: Snapshot) -> None:
     dreams = np.arange(3)[:, None] + np.full((3, CONTEXT + 1), 200)
-    sleep, steps = SleepConfig(batch=8, recent=0.5), 24
+    sleep, steps = SleepConfig(batch=8, recent=0.5, balance=0.0), 24
     at = plan(steps=steps)
     mixed = RoundBatches(snapshot, at, sleep, dreams, replace(LOOSE, share=1 / 16, repeats=99))
     plain = RoundBatches(snapshot, at, sleep)
     counts = np.zeros(3, int)
     for step in range(steps):
-        tokens, guided = mixed.batch(step)
+        found = mixed.batch(step)
+        tokens, guided = found.tokens_BS, found.recent_B
         number = step % 2  # half a dream per step
         assert len(tokens) == 8 and int(guided.sum()) == 4 + number
-        assert torch.equal(tokens[: 8 - number], plain.batch(step)[0][: 8 - number]), "the others are as without dreams"
+        assert torch.equal(tokens[: 8 - number], plain.batch(step).tokens_BS[: 8 - number]), (
+            "the others are as without dreams"
+        )
         for row in tokens[8 - number :]:
             counts[int(row[0]) - 200] += 1
-        shares = [mixed.batch(step, rank, 4) for rank in range(4)]
-        assert all(torch.equal(s[0], tokens[r::4]) and torch.equal(s[1], guided[r::4]) for r, s in enumerate(shares))
+        shares = [mixed.batch(step, Place(rank, 4)) for rank in range(4)]
+        assert all(torch.equal(s.tokens_BS, tokens[r::4]) for r, s in enumerate(shares))
+        assert all(torch.equal(s.recent_B, guided[r::4]) for r, s in enumerate(shares))
     assert counts.tolist() == [4, 4, 4]
     seldom = RoundBatches(snapshot, at, sleep, dreams, replace(LOOSE, share=0.5, repeats=2))
     assert sum(len(seldom.dreamt(step)) for step in range(steps)) == 6
@@ -254,7 +259,7 @@ def test_stored_dreams_are_neither_recent_nor_replayed(snapshot: Snapshot) -> No
     [
         ({"share": 1.5}, "dreams.share=1.5 must lie between 0 and 1"),
         ({"prompt": 1.0}, "dreams.prompt=1.0 must lie between 0 and 1"),
-        ({"keep_top": 0, "keep_random": 0}, "dreams.keep_top=0 and dreams.keep_random=0 keep no dream"),
+        ({"share": 0.1, "keep_top": 0, "keep_random": 0}, "dreams.keep_top=0 and dreams.keep_random=0 keep no dream"),
         ({"score": "taste"}, "dreams.score='taste' is unknown; use one of gradient, progress"),
         ({"temperature": math.nan}, "dreams.temperature=nan"),
         ({"ngram": 0}, "dreams.ngram=0 must be at least 1"),

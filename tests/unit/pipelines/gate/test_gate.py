@@ -132,9 +132,9 @@ def test_who_learned_nothing_of_the_recent_sources_stays_out() -> None:
 
 
 def test_what_wake_learned_must_not_be_lost() -> None:
-    decision = judge({"a": 2.0, "b": 2.75}, recent=["b"])
-    assert "is worse than the awake model by 0.250 bits per byte (0.250 at least) on b" in decision.reason
-    assert judge({"a": 2.0, "b": 2.55}, recent=["b"]).promoted
+    decision = judge({"a": 2.0, "b": 2.875}, recent=["b"])
+    assert "is worse than the awake model by 0.375 bits per byte (0.375 at least) on b" in decision.reason
+    assert judge({"a": 2.0, "b": 2.75}, recent=["b"]).promoted
 
 
 @pytest.mark.parametrize(("bound", "promoted"), [("low", True), ("mean", True), ("high", False)])

@@ -20,7 +20,7 @@ from pipelines.sleep.training import ALONE, Batch, Place, train
 
 
 def test_a_cosine_spans_a_round_and_a_constant_warms_up_once() -> None:
-    cfg = SleepConfig(optimizer=OptimizerConfig(lr=0.4), warmup=4)
+    cfg = SleepConfig(optimizer=OptimizerConfig(lr=0.4), warmup=4, schedule="cosine")
     cosine = Schedule.of_round(cfg, 50, done=7)
     assert [cosine.lr(step) for step in range(50)] == [learning_rate(0.4, step, 50) for step in range(50)]
     constant = SleepConfig(optimizer=OptimizerConfig(lr=0.4), warmup=4, schedule="constant")
