@@ -37,9 +37,10 @@ OVERRIDES = (
     "base.tokens=204800",
     "base.lr=5e-3",
     "sleep.tokens_per_token=2.0",
+    "strategy=cold_rounds",
 )
 """The smoke configuration's model with a base long enough (800 steps) for every layer to matter, and rounds of 64 steps
-and more."""
+and more, each cooled down by itself: a candidate is then what its round made of it."""
 
 
 @dataclass(frozen=True)

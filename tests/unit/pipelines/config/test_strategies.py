@@ -26,7 +26,7 @@ def test_the_default_strategy_is_the_defaults() -> None:
 
 
 def test_a_strategy_lies_over_what_is_shipped_and_under_what_a_user_gives(tmp_path: Path) -> None:
-    replay = load_config("default", ["strategy=replay", "sleep.batch=4", "wake.trained=2"], "micro")
+    replay = load_config("default", ["strategy=replay", "sleep.batch=4", "sleep.epochs=0", "wake.trained=2"], "micro")
     assert (replay.wake.writes, replay.wake.replay, replay.dreams.share) == ("all", 0.8, 0.0)
     assert replay.wake.batch == 2, "two sequences are read while four are trained on; the preset says eight"
     mine = tmp_path / "mine.yaml"

@@ -235,9 +235,8 @@ def test_batches_take_dreams_in_place_of_old_experience(snapshot: Snapshot) -> N
         tokens, guided = found.tokens_BS, found.recent_B
         number = step % 2  # half a dream per step
         assert len(tokens) == 8 and int(guided.sum()) == 4 + number
-        assert torch.equal(tokens[: 8 - number], plain.batch(step).tokens_BS[: 8 - number]), (
-            "the others are as without dreams"
-        )
+        others = plain.batch(step).tokens_BS[: 8 - number]
+        assert torch.equal(tokens[: 8 - number], others), "the others are as without dreams"
         for row in tokens[8 - number :]:
             counts[int(row[0]) - 200] += 1
         shares = [mixed.batch(step, Place(rank, 4)) for rank in range(4)]

@@ -23,7 +23,7 @@ def story(
     cfg = make_config(
         model=ModelConfig(dim=16, blocks=2, heads=2, context=16),
         base=BaseConfig(sources=["a"], tokens=16 * 16 * 150, batch=8, lr=1e-2),
-        sleep=SleepConfig(batch=8, tokens_per_token=8.0),
+        sleep=SleepConfig(batch=8, tokens_per_token=8.0, schedule="cosine", carry="nothing", average=0),
     )
     run, decisions = HonestRun(cfg, tmp_path_factory.mktemp("small")), []
     while run.wake():
