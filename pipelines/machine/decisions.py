@@ -66,8 +66,9 @@ def enter_round(state: RunState, rules: Rules, record: RoundRecord, last_key: in
         Record("gate", {"round": record.id, **gate}),
     ]
     if record.release is not None:
+        row = record.row or record.figures["candidate"]  # records of earlier versions have no row of their own
         state.live, state.consolidated_key = record.release, last_key
-        actions.append(enter_row(state, rules, record.release, record.tokens, record.row))
+        actions.append(enter_row(state, rules, record.release, record.tokens, row))
     entries = [_decision_entry(record)]
     change = _plan_change(rules, before, current_adjustment(state, rules))
     if change:
