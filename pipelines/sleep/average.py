@@ -33,6 +33,10 @@ class WeightAverage:
         self.samples = 0
         """Samples that were taken."""
 
+    def falls_within(self, first: int, last: int) -> bool:
+        """Whether a sample is due after any of the steps first + 1 .. last, counted over the trainer's life."""
+        return last // self.every > first // self.every
+
     def after_step(self, engine: Engine, step: int) -> None:
         """Take a sample where one is due. A collective: every rank must call it.
 

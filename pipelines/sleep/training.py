@@ -139,6 +139,7 @@ def train(
         if average is not None:
             average.after_step(engine, schedule.done + progress.step)
         after(progress, found["total"])
-    if average is not None and not average.samples and schedule.steps:
+    end = schedule.done + schedule.steps
+    if average is not None and schedule.steps and not average.falls_within(schedule.done, end):
         average.sample(engine)  # a training shorter than the distance of two samples counts too
     return progress

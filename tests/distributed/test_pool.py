@@ -23,6 +23,10 @@ from tests.harness import same_process
 from tests.pool import Bench, own_cluster, prepare, wait_for
 
 
+GUIDED = ("sleep.teacher=0.1", "sleep.anchor=0.1", "dreams.share=0.0625")
+"""Everything that a round can learn from, so that stages have to agree about all of it."""
+
+
 @dataclass(frozen=True)
 class Trained:
     """What a pool made of the plan."""
@@ -52,7 +56,7 @@ def train(bench: Bench) -> Callable[[int, int], Trained]:
 
     @functools.cache
     def run(ranks: int, stage: int) -> Trained:
-        cfg = bench.config(f"pool.ranks={ranks}", f"pool.zero_stage={stage}")
+        cfg = bench.config(f"pool.ranks={ranks}", f"pool.zero_stage={stage}", *GUIDED)
         directory = Releases(bench.run_dir / f"made-{ranks}-{stage}").prepare(1)
         group = WorkerGroup(cfg, str(bench.run_dir), bench.state)
         group.start()
@@ -110,7 +114,7 @@ def test_two_ranks_learn_what_one_learns(train: Callable[[int, int], Trained]) -
 def test_a_round_is_repeated_after_a_kill_and_gives_the_same_candidate(
     bench: Bench, train: Callable[[int, int], Trained]
 ) -> None:
-    runner = RoundRunner(bench.config(), bench.run_dir, bench.state)
+    runner = RoundRunner(bench.config(*GUIDED), bench.run_dir, bench.state)
 
     def attempt() -> Future[Outcome]:
         return runner.submit(lambda: runner.run_round(bench.plan, bench.setting.sources, bench.anchor_row))

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from cluster.pool.group import PoolError, WorkerGroup
-from cluster.pool.worker import MOMENTS
+from cluster.pool.worker import TRAINER
 from cluster.storage.releases import Release, Releases, shards_fingerprint
 from cluster.storage.training_state import MARKER
+from nl_model.config import OptimizerConfig
 from nl_model.weights import load_tensors
 from pipelines.sleep.plan import RoundPlan
 from tests.pool import Bench, own_cluster, prepare, wait_for
@@ -93,8 +94,9 @@ class Pool:
 @contextmanager
 def pool(bench: Bench, ranks: int, stage: int) -> Iterator[Pool]:
     """A pool of so many ranks at a ZeRO stage."""
-    extra = (f"pool.checkpoint_every={EVERY}", "sleep.keep_moments=true")
+    extra = (f"pool.checkpoint_every={EVERY}", "sleep.teacher=0.1", "sleep.anchor=0.1", "dreams.share=0.0625")
     cfg = bench.config(f"pool.ranks={ranks}", f"pool.zero_stage={stage}", *extra)
+    assert cfg.sleep.carry == "trainer" and cfg.sleep.average, "a state has weights, their average and moments"
     group = WorkerGroup(cfg, str(bench.run_dir), bench.state)
     group.start()
     try:
@@ -121,11 +123,15 @@ def stored(directory: Path) -> Tensors:
 
 
 def moments(tensors: Tensors) -> Tensors:
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith("weight/")}
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(("weight/", "average/"))}
+
+
+def below(prefix: str, tensors: Tensors) -> Tensors:
+    return {n.removeprefix(f"{prefix}/"): t for n, t in tensors.items() if n.startswith(f"{prefix}/")}
 
 
 def weights(tensors: Tensors) -> Tensors:
-    return {n.removeprefix("weight/"): t for n, t in tensors.items() if n.startswith("weight/")}
+    return below("weight", tensors)
 
 
 def distance(found: Tensors, expected: Tensors) -> float:
@@ -155,7 +161,8 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dict[str, Any]
             made = found["undisturbed"]
             shards = [rank.shard for rank in made.ranks]
             Releases(made.directory.parent).publish(Release(1, 0, 1, 0, -1, 0, made.fingerprint, shards))
-            found["next"] = two.run(replace(plan, round=2, steps=0), "next", None, str(made.directory))
+            after = replace(plan, round=2, steps=1, lr_scale=1e-12, trained_steps=STEPS)
+            found["next"] = two.run(after, "next", None, str(made.directory))
         yield found
 
 
@@ -164,7 +171,7 @@ def test_a_round_goes_on_after_a_kill_and_gives_the_same_candidate(history: Dict
     assert whole.resumed_at == 0 and repeated.resumed_at >= EVERY
     assert repeated.fingerprint == whole.fingerprint
     assert repeated.loss == whole.loss and repeated.flops == whole.flops
-    assert distance(stored(repeated.directory / MOMENTS), stored(whole.directory / MOMENTS)) == 0
+    assert distance(stored(repeated.directory / TRAINER), stored(whole.directory / TRAINER)) == 0
 
 
 @pytest.mark.parametrize(("before", "loaded"), [("two", "two, loaded by one"), ("one", "one, loaded by two")])
@@ -172,9 +179,10 @@ def test_a_resized_pool_loads_every_bit(history: Dict[str, Any], before: str, lo
     """2 ranks at stage 1 to 1 rank at stage 3, and back: a round that ends where it goes on hands on what it loaded."""
     state, made = stored(history[before]), history[loaded]
     assert len(made.ranks) != len(list(history[before].glob("*.safetensors")))
-    assert distance(made.weights, weights(state)) == 0
+    assert distance(made.weights, below("average", state)) == 0, "it releases the average"
     assert len(moments(state)) == 2 * len(weights(state)), "Adam's two"
-    assert distance(stored(made.directory / MOMENTS), moments(state)) == 0
+    handed = stored(made.directory / TRAINER)
+    assert distance(weights(handed), weights(state)) == 0 and distance(moments(handed), moments(state)) == 0
 
 
 @pytest.mark.parametrize("resized", ["two, ended by one", "one, ended by two"])
@@ -186,7 +194,16 @@ def test_a_resized_round_ends_like_the_others(history: Dict[str, Any], resized: 
     assert distance(made.weights, whole.weights) < 1e-3
 
 
-def test_moments_pass_on_to_the_round_after(history: Dict[str, Any]) -> None:
-    """A round of no steps on top of a release that has moments ends with these."""
+def test_weights_and_moments_pass_on_to_the_round_after(history: Dict[str, Any]) -> None:
+    """A round of one step that is too small to move anything goes on with the trainer's weights, not the release's."""
     made, after = history["undisturbed"], history["next"]
-    assert distance(stored(after.directory / MOMENTS), stored(made.directory / MOMENTS)) == 0
+    assert {rank.trainer for rank in made.ranks} == {"cold"} and {rank.trainer for rank in after.ranks} == {"continued"}
+    left, found = stored(made.directory / TRAINER), stored(after.directory / TRAINER)
+    assert distance(weights(found), weights(left)) < 1e-9 < 1e-4 < distance(made.weights, weights(left))
+    squares = {name: tensor for name, tensor in moments(left).items() if name.startswith("exp_avg_sq/")}
+    assert len(squares) == len(weights(left)) and moments(found).keys() == moments(left).keys()
+    beta2 = OptimizerConfig().beta2
+    for name, tensor in squares.items():  # one step takes this much off at most
+        assert bool((found[name] >= beta2 * tensor * (1 - 1e-5)).all()) and bool(tensor.any()), name
+    counters = [json.loads((one.directory / TRAINER / MARKER).read_text())["counters"] for one in (made, after)]
+    assert [one["step"] for one in counters] == [STEPS, STEPS + 1]

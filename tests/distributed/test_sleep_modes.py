@@ -24,6 +24,8 @@ RANK, STEPS, ROWS = 3, 6, 64
 MERGED = 0.25
 CASES = [("all", 2, 0.0), ("dense", 2, 0.0), ("slots", 2, 0.0), ("slots", 3, 0.0), ("all", 1, MERGED)]
 """Modes, ZeRO stages, and sleep.merge."""
+COLD = ("strategy=cold_rounds", "sleep.teacher=0.1", "sleep.anchor=0.1")
+"""What every mode can do: a round of its own, which releases the weights that it trained last; with both guides."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def work(run_dir: str, plan: RoundPlan, answers: Any) -> None:
     state = open_data(load_config("smoke")).tokenizer.state()
     for number, (mode, stage, merge) in enumerate(CASES):
         keys = [f"sleep.mode={mode}", f"sleep.slot_rank={RANK}", f"pool.zero_stage={stage}", "pool.ranks=1"]
-        keys.append(f"sleep.merge={merge}")
+        keys += [f"sleep.merge={merge}", *COLD]
         worker = ConsolidationWorker(load_config("smoke", keys), run_dir, state)
         if number == 0:
             worker.join(0, 1, "127.0.0.1", worker.free_port())

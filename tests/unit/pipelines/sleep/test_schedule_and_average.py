@@ -16,7 +16,7 @@ from pipelines.sleep.average import WeightAverage
 from pipelines.sleep.base import TrueTokens
 from pipelines.sleep.engine import HeldState, LocalEngine
 from pipelines.sleep.schedule import Schedule, learning_rate
-from pipelines.sleep.training import ALONE, Batch, Place, train
+from pipelines.sleep.training import ALONE, Batch, Place, Progress, train
 
 
 def test_a_cosine_spans_a_round_and_a_constant_warms_up_once() -> None:
@@ -101,6 +101,17 @@ def test_a_training_shorter_than_two_samples_counts_too(make_model: MakeModel, m
         average=average,
     )
     assert average.samples == 1
+
+
+def test_an_attempt_that_goes_on_behind_the_last_sample_takes_none_more(
+    make_model: MakeModel, make_levels: MakeLevels
+) -> None:
+    model, cpu = make_model(make_levels()), torch.device("cpu")
+    average = WeightAverage({n: p.detach() for n, p in model.named_parameters()}, horizon=10, every=4)
+    engine, schedule = LocalEngine(model, OptimizerConfig(lr=1e-2)), Schedule("constant", 1e-2, 6)
+    # Its first attempt died after step 5: what was sampled at step 4 is in the state that it left.
+    train(engine, TrueTokens(), Tokens(), schedule, cpu, average=average, progress=Progress(5))
+    assert average.samples == 0
 
 
 def test_a_state_that_is_kept_stays_as_it_is(make_model: MakeModel, make_levels: MakeLevels) -> None:
