@@ -27,7 +27,7 @@ class GateConfig:
     """Most a candidate may lose on the mean over all sources seen, against the anchor."""
     min_progress: float = -0.1
     """What a candidate must gain at least on the mean over the round's recent sources, against the anchor, at the
-    favourable end of its interval; -.inf for no bound. Below zero, since what is known need not get better every round."""
+    favourable end of its interval; -.inf for no bound. Below zero: what is known need not get better every round."""
     max_awake_loss: float = 0.3
     """Most a candidate may lose on the recent sources' mean against the awake model, at the favourable end."""
     max_divergence: float = 1.0
