@@ -31,6 +31,8 @@ from tests.harness import TIMEOUT, Run, circadian, environment
 
 pytestmark = pytest.mark.timeout(400)
 PLOTS = {"online_loss.png", "awake.png", "matrix.png", "level_writes.png", "rounds.png", "surprise.png"}
+# Dreams, so that all parts of a run are in it. Its 24 steps asleep would nearly all lie within the default warm-up.
+KEYS = ("dreams.share=0.0625", "sleep.warmup=4")
 # What `ray list actors` shows, from the cluster's own tables: the cluster of a run has no dashboard to ask.
 LIST_ACTORS = """
 import json, sys
@@ -75,7 +77,7 @@ def list_actors(run: Run, lister: subprocess.Popen[str]) -> List[List[Any]]:
 
 @pytest.fixture(scope="module")
 def run(runs: Path) -> Finished:
-    run = Run(runs, "whole", ("tracking.experiment=whole", "tracking.model_name=whole"))
+    run = Run(runs, "whole", ("tracking.experiment=whole", "tracking.model_name=whole", *KEYS))
     with actor_lister() as lister, run.attempt() as process:
         assert run.wait_until(process, run.reached), run.tail()
         actors = tuple((kind, state, pid) for kind, state, pid in list_actors(run, lister))
