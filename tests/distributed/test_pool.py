@@ -22,7 +22,6 @@ from nl_model.weights import load_tensors
 from tests.harness import same_process
 from tests.pool import Bench, own_cluster, prepare, wait_for
 
-
 GUIDED = ("sleep.teacher=0.1", "sleep.anchor=0.1", "dreams.share=0.0625")
 """Everything that a round can learn from, so that stages have to agree about all of it."""
 

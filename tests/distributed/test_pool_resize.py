@@ -199,7 +199,8 @@ def test_weights_and_moments_pass_on_to_the_round_after(history: Dict[str, Any])
     made, after = history["undisturbed"], history["next"]
     assert {rank.trainer for rank in made.ranks} == {"cold"} and {rank.trainer for rank in after.ranks} == {"continued"}
     left, found = stored(made.directory / TRAINER), stored(after.directory / TRAINER)
-    assert distance(weights(found), weights(left)) < 1e-9 < 1e-4 < distance(made.weights, weights(left))
+    assert distance(weights(found), weights(left)) < 1e-9
+    assert distance(made.weights, weights(left)) > 1e-4, "the release is the average, not the trainer"
     squares = {name: tensor for name, tensor in moments(left).items() if name.startswith("exp_avg_sq/")}
     assert len(squares) == len(weights(left)) and moments(found).keys() == moments(left).keys()
     beta2 = OptimizerConfig().beta2
