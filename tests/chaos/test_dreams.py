@@ -17,7 +17,7 @@ from pipelines.experience import KINDS, Snapshot
 from tests.harness import TIMEOUT, Run, environment
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
-OVERRIDES = ("control.enabled=false", "pool.ranks=1", "stream.max_source_bytes=16384")
+OVERRIDES = ("dreams.share=0.0625", "control.enabled=false", "pool.ranks=1", "stream.max_source_bytes=16384")
 # The command line, but the driver kills itself at one exact moment of its first promoted round.
 DRIVER = """
 import os, signal

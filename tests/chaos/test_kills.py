@@ -21,6 +21,7 @@ SEED = int(os.environ.get("CHAOS_SEED", "20261122"))
 TITLES = {"learner": "ray::OnlineLearner", "rank": "ray::ConsolidationWorker", "service": "ray::ExperienceService"}
 COMMON = (
     "control.enabled=false",
+    "dreams.share=0.0625",
     "failures.learner=40",
     "failures.pool=40",
     "failures.services=40",

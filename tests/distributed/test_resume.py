@@ -24,6 +24,7 @@ pytestmark = pytest.mark.timeout(600)
 OVERRIDES = (
     "run.deterministic=true",
     "control.enabled=false",
+    "dreams.share=0.0625",
     "pool.ranks=1",
     "wake.checkpoint_every=5",
     "stream.max_source_bytes=16384",
