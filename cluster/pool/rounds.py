@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Sequence, Tuple, TypeVar
 
@@ -43,21 +43,10 @@ class Outcome:
 
     def record(self) -> RoundRecord:
         """The round as it stands in summary.json and in a release's index; no release yet."""
-        plan, decision = self.plan, self.decision
-        return RoundRecord(
-            id=plan.round,
-            snapshot=plan.snapshot,
-            tokens=plan.tokens,
-            anchor=plan.anchor,
-            release=None,
-            steps=plan.steps,
+        return replace(
+            RoundRecord.judged(self.plan, self.decision),
             seconds=self.seconds,
-            recent_scale=plan.recent_scale,
-            lr_scale=plan.lr_scale,
             fingerprint=shards_fingerprint([rank.shard for rank in self.ranks]),
-            decision=decision.word,
-            reason=decision.reason,
-            figures=decision.figures,
             row={source: bpb for rank in self.ranks for source, bpb in rank.verdict.row.items()},
             loss=self.loss,
             flops=sum(rank.flops for rank in self.ranks),

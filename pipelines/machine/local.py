@@ -277,19 +277,9 @@ class LocalParts:
         decision = decide(evidence, self.cfg.gate)
         self.made[start.attempt] = _Made(found, self.host.dreamt)
         forward = forward_flops(self.cfg.model, self.cfg.levels, self.data.tokenizer.vocab_size)
-        return RoundRecord(
-            id=plan.round,
-            tokens=plan.tokens,
-            anchor=plan.anchor,
-            release=None,
-            steps=plan.steps,
-            decision=decision.word,
-            snapshot=plan.snapshot,
-            recent_scale=plan.recent_scale,
-            lr_scale=plan.lr_scale,
+        return replace(
+            RoundRecord.judged(plan, decision),
             fingerprint=_fingerprint(found.weights),
-            reason=decision.reason,
-            figures=decision.figures,
             row=verdict.row,
             loss=found.loss,
             flops=found.flops + verdict.tokens * forward,

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Dict, Mapping, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Tuple
+
+if TYPE_CHECKING:  # records are read by commands that load no torch
+    from pipelines.gate.decision import Decision
+    from pipelines.sleep.plan import RoundPlan
 
 PROMOTED, REJECTED = "promoted", "rejected"
 
@@ -48,6 +52,23 @@ class RoundRecord:
     resumed (an earlier attempt), or none (nothing was trained)."""
     dreams: Optional[Dict[str, Any]] = None
     """Its dreams (pipelines/dreams/report.py); None where it dreamt nothing."""
+
+    @classmethod
+    def judged(cls, plan: RoundPlan, decision: Decision) -> RoundRecord:
+        """What plan and decision say of a round, whoever trained it; no release yet, and nothing that was measured."""
+        return cls(
+            id=plan.round,
+            tokens=plan.tokens,
+            anchor=plan.anchor,
+            release=None,
+            steps=plan.steps,
+            decision=decision.word,
+            snapshot=plan.snapshot,
+            recent_scale=plan.recent_scale,
+            lr_scale=plan.lr_scale,
+            reason=decision.reason,
+            figures=decision.figures,
+        )
 
     @property
     def promoted(self) -> bool:
