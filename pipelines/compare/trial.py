@@ -24,7 +24,6 @@ from pipelines.data.module import DataModule
 from pipelines.experience.memory import MemoryStore
 from pipelines.gate.judge import Judge
 from pipelines.gate.probe import score
-from pipelines.machine.actions import End
 from pipelines.machine.local import LocalParts
 from pipelines.machine.rules import Rules
 from pipelines.machine.simulated import Simulation, Speeds
@@ -91,10 +90,7 @@ def _simulated(trial: Trial, base: Dict[str, Tensor]) -> Dict[str, Any]:
     parts = LocalParts(setting.cfg, setting, base, hook)
     rules = Rules.of(setting.cfg, tuple(setting.sources), tuple(setting.base_sources), wake_flops(cfg, vocab, costs))
     run = Simulation(rules, parts, speeds(cfg, vocab, costs, trial.clock), note=journal.note)
-    ended = run.attempt()
-    if not isinstance(ended, End):
-        raise RuntimeError(f"the trial of {trial.method} came to no end: {ended}")
-    state = run.machine.state
+    state = run.finish()
     awake, asleep = sum(step["flops"] for step in journal.steps), sum(r.flops for r in state.rounds)
     return {
         **read_looks(journal.looks),

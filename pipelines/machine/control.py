@@ -24,7 +24,7 @@ from pipelines.gate.judge import Judge
 from pipelines.machine.local import LocalParts
 from pipelines.machine.rules import Rules
 from pipelines.machine.simulated import Simulation, Speeds
-from pipelines.machine.state import Phase, RunState
+from pipelines.machine.state import RunState
 from pipelines.sleep.round import Weights
 from pipelines.wake.writes import wake_flops, with_budget
 
@@ -185,10 +185,8 @@ def run_control(
             _forget(parts)
 
     run = Simulation(rules, parts, Speeds(), note=note)
-    ended = run.attempt()
-    if run.saved.phase != Phase.FINISHED:
-        raise RuntimeError(f"the control came to no end: {ended}")
-    return served_rows(run.saved, cfg), run.saved.flops["wake"] + run.saved.flops["sleep"]
+    state = run.finish()
+    return served_rows(state, cfg), state.flops["wake"] + state.flops["sleep"]
 
 
 def _forget(parts: LocalParts) -> None:

@@ -22,7 +22,7 @@ from pipelines.machine.faults import Dice, Faults
 from pipelines.machine.machine import Machine
 from pipelines.machine.records import ReleaseFact, RoundRecord
 from pipelines.machine.rules import Rules
-from pipelines.machine.state import RunState
+from pipelines.machine.state import Phase, RunState
 from pipelines.wake.report import LearnerReport
 
 LearnerCall = Union[do.StartLearner, do.Advance, do.Finish, do.Adopt]
@@ -163,6 +163,13 @@ class Simulation:
             for part in (on.LEARNER, on.POOL, on.SERVICES):
                 self.parts.lose(part)
         return self.ended
+
+    def finish(self) -> RunState:
+        """Run to the end of the stream, where no fault is scheduled; returns the last state. RuntimeError otherwise."""
+        ended = self.attempt()
+        if self.saved.phase != Phase.FINISHED:
+            raise RuntimeError(f"the run came to no end: {ended}")
+        return self.saved
 
     def _step(self) -> None:
         self.now, _, event = heapq.heappop(self.heap)
@@ -377,12 +384,3 @@ class Simulation:
 @dataclass(frozen=True)
 class _LearnerFree:
     """The learner has ended a call: it may begin the next. Inside the driver only."""
-
-
-def simulate(rules: Rules, parts: Parts, speeds: Speeds, note: Callable[[str, Dict[str, Any]], None]) -> RunState:
-    """A run without faults, from its start to its end; returns its last state."""
-    run = Simulation(rules, parts, speeds, note=note)
-    ended = run.attempt()
-    if ended != do.End("finished"):
-        raise RuntimeError(f"the run did not finish: {ended}")
-    return run.saved
