@@ -62,7 +62,7 @@ def measure(repeats: int = 1, overrides: Sequence[str] = ()) -> Overhead:
 def shorter_run() -> list[str]:
     """Overrides of the default configuration that shorten base and stream; model, levels and pool stay its own."""
     cfg = load_config("default")
-    period = min(level.period for level in cfg.levels.values() if level.owner == "pool")
+    period = cfg.pool_period
     sources = open_data(cfg).stream_sources[:SOURCES]
     return [
         f"base.tokens={BASE_TOKENS}",

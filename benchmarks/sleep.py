@@ -97,7 +97,7 @@ def measure(cfg: Config, repeats: int = 5, steps: int = 2, worlds: Sequence[int]
     """
     if not worlds or worlds[0] != 1 or worlds[-1] < 2:
         raise ValueError(f"worlds={list(worlds)} must be 1 and larger numbers, ascending")
-    recent = slow_period(cfg) // cfg.model.context
+    recent = cfg.pool_period // cfg.model.context
     share = max(2, cfg.sleep.batch // max(worlds))
     task = Task(cfg, share, repeats, steps, num_steps(cfg.sleep, 0, recent - 1))
     ranks = {}
@@ -115,11 +115,6 @@ def measure(cfg: Config, repeats: int = 5, steps: int = 2, worlds: Sequence[int]
     ways = [f"ZeRO {stage}" for stage in task.stages]
     predicted = {way: predict(costs, ranks[1], most, way, cadence) for way in ways}
     return Figures(cfg, task, ranks, guides, traffic, costs, cadence, predicted, curve(costs, cadence, SIZES))
-
-
-def slow_period(cfg: Config) -> int:
-    """Tokens of the stream between two rounds."""
-    return min(level.period for level in cfg.levels.values() if level.owner == "pool")
 
 
 def costs_of(cfg: Config, one: Ranks, most: Ranks, traffic: Traffic, share: int) -> Costs:
@@ -158,7 +153,7 @@ def cadence_of(cfg: Config, share: int) -> Cadence:
     """The configuration's periods."""
     fast = min(level.period for level in cfg.levels.values() if level.owner == "learner")
     context = cfg.model.context
-    return Cadence(cfg.wake.batch * context, fast, slow_period(cfg), share * context, cfg.sleep.tokens_per_token)
+    return Cadence(cfg.wake.batch * context, fast, cfg.pool_period, share * context, cfg.sleep.tokens_per_token)
 
 
 class Handover:
@@ -194,7 +189,7 @@ class Handover:
             moved: bytes per rank in as many steps, by way.
         """
         model, start = self.model.cpu(), file_bytes()[0]
-        self._experience(slow_period(self.cfg) // self.cfg.model.context, "stream")
+        self._experience(self.cfg.pool_period // self.cfg.model.context, "stream")
         fast = parameters_of(model, "learner")
         save_tensors(self.folder / "fast.safetensors", fast)
         to_pool = file_bytes()[0] - start

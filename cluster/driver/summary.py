@@ -23,7 +23,7 @@ def build_summary(cfg: Config, run_dir: Path, setting: DataModule, state: RunSta
     """The summary of a run, as README.md describes it."""
     wake, flops = state.wake, dict(state.flops)
     flops["total"] = flops["wake"] + flops["sleep"]
-    slack = max(1, min(level.period for level in cfg.levels.values() if level.owner == "pool") // 50)
+    slack = max(1, cfg.pool_period // 50)
     sources = setting.sources
     matrix = read_matrix([Row(**row) for row in state.rows], state.ends, sources, slack)
     wall = max(wake["wall"], 1e-9)

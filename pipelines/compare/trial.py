@@ -119,8 +119,7 @@ def _stored(cfg: Config, setting: DataModule, rows: int, costs: HookCosts) -> fl
     past = rows * context if not cfg.sleep.replay_bytes else min(cfg.sleep.replay_bytes, rows * context)
     if cfg.wake.writes == "all":
         return (1.0 + costs.stored) * past if cfg.wake.replay else 0.0
-    recent = min(level.period for level in cfg.levels.values() if level.owner == "pool")
-    return float(min(past + recent, rows * context))
+    return float(min(past + cfg.pool_period, rows * context))
 
 
 def _joint(trial: Trial, base: Dict[str, Tensor]) -> Dict[str, Any]:

@@ -363,6 +363,11 @@ class Config:
             raise ValueError("base.tokens=0 leaves base.sources unused; drop them or give base.tokens")
 
     @property
+    def pool_period(self) -> int:
+        """Tokens of the stream between two rounds: the period of the pool's fastest level."""
+        return min(level.period for level in self.levels.values() if level.owner == "pool")
+
+    @property
     def trains_controls(self) -> bool:
         """Whether controls are trained once the stream has ended."""
         control = self.control

@@ -22,7 +22,7 @@ from pipelines.config.schema import Config
 from pipelines.data.module import DataModule
 from pipelines.gate.judge import Judge
 from pipelines.machine.local import LocalParts
-from pipelines.machine.rules import Rules
+from pipelines.machine.rules import Rules, least_rest
 from pipelines.machine.simulated import Simulation, Speeds
 from pipelines.machine.state import RunState
 from pipelines.sleep.round import Weights
@@ -140,8 +140,8 @@ def control_config(cfg: Config, trial: Trial, budget: Budget, setting: DataModul
 def gate_flops(cfg: Config, setting: DataModule, tokens: int) -> float:
     """FLOPs that the gate reads for in a run of so many tokens with a round in every period (pipelines/gate/judge.py):
     candidate and awake model on its sequences, the anchor in the first round, and the prompts twice."""
-    period = min(level.period for level in cfg.levels.values() if level.owner == "pool")
-    rounds = tokens // period + (tokens % period >= max(1, period // 10))
+    period = cfg.pool_period
+    rounds = tokens // period + (tokens % period >= least_rest(period))
     probes = Judge(setting.probes(), cfg).probes.values()
     read = sum(probe.tokens[:, 1:].size for probe in probes)
     asked = sum(min(cfg.gate.prompts, len(probe.tokens)) for probe in probes) * cfg.model.context
@@ -191,7 +191,7 @@ def run_control(
 
 def _forget(parts: LocalParts) -> None:
     """Drop releases that nobody goes back to: a run of many rounds would hold them all in memory."""
-    kept = parts.memory.newest()
+    kept = parts.memory.kept  # not newest(), which copies every tensor
     needed = {0, max(parts.releases), int(kept[1]["release"]) if kept is not None else 0}
     for number in [n for n in parts.releases if n not in needed and n < max(parts.releases) - 1]:
         del parts.releases[number]

@@ -11,6 +11,7 @@ from pipelines.machine.core import Core
 from pipelines.machine.decisions import enter_mark, enter_release, enter_round, enter_row
 from pipelines.machine.notes import note_report
 from pipelines.machine.records import RoundRecord
+from pipelines.machine.rules import least_rest
 from pipelines.machine.state import Phase
 from pipelines.machine.views import Learner, Pool, Service
 from pipelines.wake.report import LearnerReport, Mark
@@ -92,7 +93,7 @@ class Reactions(Core):
         new, before = [], self.state.last_mark
         for mark in sorted(marks, key=lambda mark: mark.tokens):
             ends = last or mark.why.get("text") == LAST
-            least = max(1, self.rules.period // 10) if ends else 1  # what little a stream ends with may wait
+            least = least_rest(self.rules.period) if ends else 1  # what little a stream ends with may wait
             if mark.tokens - before >= least:
                 new.append(mark)
                 before = mark.tokens

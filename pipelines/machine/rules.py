@@ -13,6 +13,11 @@ CHUNK = 8
 """Wake steps per call of the learner: few enough that a report comes often, many enough that calls cost nothing."""
 
 
+def least_rest(period: int) -> int:
+    """Tokens that a stream's end must bring for a last round; what is less may wait for the next run."""
+    return max(1, period // 10)
+
+
 @dataclass(frozen=True)
 class Rules:
     """Constants of a run."""
@@ -58,7 +63,7 @@ class Rules:
     ) -> Rules:
         """The rules of a configuration."""
         return cls(
-            period=min(level.period for level in cfg.levels.values() if level.owner == "pool"),
+            period=cfg.pool_period,
             step_tokens=cfg.wake.batch * cfg.model.context,
             sources=sources,
             base_sources=base_sources,

@@ -70,7 +70,7 @@ class Learner:
 
     def __init__(self, cfg: Config, data: DataModule, host: LearnerHost, hook: Optional[Hook] = None) -> None:
         self.cfg, self.data, self.host, self.hook = cfg, data, host, hook
-        self.period = min(level.period for level in cfg.levels.values() if level.owner == "pool")
+        self.period = cfg.pool_period
         self.looks = Looks(cfg, data) if cfg.report.look_every else None
         self.stopping = False
 

@@ -30,8 +30,7 @@ SHARE = 1 / 16
 
 def sample_size(cfg: Config) -> int:
     """Sequences that one estimate takes."""
-    period = min(level.period for level in cfg.levels.values() if level.owner == "pool")
-    return max(1, round(SHARE * period / cfg.model.context))
+    return max(1, round(SHARE * cfg.pool_period / cfg.model.context))
 
 
 @dataclass
@@ -52,8 +51,7 @@ class Ewc(NoHook):
 
     def costs(self, cfg: Config, vocab_size: int) -> HookCosts:
         """A forward and a backward pass over a share of the stream."""
-        period = min(level.period for level in cfg.levels.values() if level.owner == "pool")
-        share = sample_size(cfg) * cfg.model.context / period
+        share = sample_size(cfg) * cfg.model.context / cfg.pool_period
         return HookCosts(streamed=share * full_step_flops(cfg.model, cfg.levels, vocab_size))
 
     def attach(self, model: NestedLM, cfg: Config, experience: Callable[[], Experience]) -> float:
