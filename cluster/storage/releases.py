@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -163,10 +162,7 @@ def inspect_shard(path: Path) -> ShardFacts:
         tensors, meta = load_tensors(path)
     except (SafetensorError, ValueError):
         return ShardFacts(path.name, sha256)
-    facts = {
-        name: TensorFacts(tuple(t.shape), str(t.dtype), tensor_digest(t), bool(torch.isfinite(t).all()))
-        for name, t in tensors.items()
-    }
+    facts = {name: TensorFacts.of(tensor) for name, tensor in tensors.items()}
     place = (int(meta.get("rank", -1)), int(meta.get("world", 0)), str(meta.get("candidate", "")))
     return ShardFacts(path.name, sha256, *place, facts)
 

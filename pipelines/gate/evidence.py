@@ -6,6 +6,10 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import Dict, Iterable, List, Mapping, Protocol, Sequence, Tuple
 
+import torch
+from torch import Tensor
+
+from nl_model.weights import tensor_digest
 from pipelines.gate.probe import Score
 
 
@@ -18,6 +22,12 @@ class TensorFacts:
     digest: str = ""
     """sha256 over shape, dtype and bytes."""
     finite: bool = True
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorFacts:
+        """Of a tensor in memory."""
+        finite = bool(torch.isfinite(tensor).all())
+        return cls(tuple(tensor.shape), str(tensor.dtype), tensor_digest(tensor), finite)
 
 
 @dataclass(frozen=True)

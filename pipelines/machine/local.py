@@ -136,10 +136,7 @@ class LocalHost:
         night = dream(awake, found, plan, self.cfg.dreams, self.cfg.compute.precision)
         self.dreamt = tuple(to_records(night, found, plan))
         record = night_record(night, found, plan.dreams_stored, self.data.tokenizer.decode)
-        tokens = np.empty((0, found.context + 1), np.int64)
-        if self.dreamt:
-            tokens = np.stack([one.tokens.astype(np.int64) for one in self.dreamt])
-        return DreamShare(tokens, record, night.passes)
+        return DreamShare(night.tokens(found.context), record, night.passes)
 
     def store_guides(self, pinned: Pinned, rows: np.ndarray, teacher: NestedLM) -> Tuple[StoredGuides, int]:
         """The teacher's guides of some rows, read by memory map."""
@@ -159,10 +156,7 @@ class LocalHost:
 
     def keep(self, engine: Engine, steps: int) -> HeldState:
         """What the next round carries on."""
-        held = HeldState.of(engine)
-        if self.cfg.sleep.carry == "trainer":
-            return held
-        return replace(held, tensors={n: t for n, t in held.tensors.items() if not n.startswith("weight/")})
+        return HeldState.of(engine, weights=self.cfg.sleep.carry == "trainer")
 
 
 @dataclass
@@ -351,10 +345,7 @@ def _storage(found: Candidate, releases: Dict[int, Weights]) -> Storage:
     """A candidate in memory as the gate sees one on disk: whole, and compared with the releases before it."""
     tensors = {f"weight/{n}": t for n, t in found.weights.items()}
     tensors.update({f"offset/{n}": t for n, t in found.offset.items()})
-    facts = {
-        name: TensorFacts(tuple(t.shape), str(t.dtype), tensor_digest(t), bool(torch.isfinite(t).all()))
-        for name, t in tensors.items()
-    }
+    facts = {name: TensorFacts.of(tensor) for name, tensor in tensors.items()}
     wanted = {name: TensorFacts(fact.shape, fact.dtype) for name, fact in facts.items()}
     newest = max(releases)
     same = {_fingerprint(releases[newest]): newest}

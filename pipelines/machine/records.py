@@ -9,7 +9,7 @@ if TYPE_CHECKING:  # records are read by commands that load no torch
     from pipelines.gate.decision import Decision
     from pipelines.sleep.plan import RoundPlan
 
-PROMOTED, REJECTED = "promoted", "rejected"
+PROMOTED = "promoted"
 
 
 @dataclass(frozen=True)

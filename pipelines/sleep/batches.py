@@ -96,15 +96,16 @@ class RoundBatches:
 
     def keys(self, step: int, place: Place = ALONE) -> np.ndarray:
         """Keys of one rank's share of a step: int64 (B / world,); those of dreams are no experience's."""
-        real = self.snapshot.keys[self.rows(step)[0]]
-        return np.concatenate([real, DREAM_KEY + self.dreamt(step)])[place.rank :: place.world]
+        return self._keys(self.rows(step)[0], self.dreamt(step), place)
+
+    def _keys(self, rows: np.ndarray, dreamt: np.ndarray, place: Place) -> np.ndarray:
+        return np.concatenate([self.snapshot.keys[rows], DREAM_KEY + dreamt])[place.rank :: place.world]
 
     def batch(self, step: int, place: Place = ALONE) -> Batch:
         """One rank's share of a step: what is recent or dreamt is marked as recent."""
-        rows, recent = self.rows(step)
-        dreams = self.dreams[self.dreamt(step)]
-        mine = np.arange(len(rows) + len(dreams))[place.rank :: place.world]
-        real, dreamt = mine[mine < len(rows)], mine[mine >= len(rows)] - len(rows)
-        tokens = np.concatenate([self.snapshot.tokens(rows[real]).astype(np.int64), dreams[dreamt]])
-        mask = np.concatenate([recent[real], np.ones(len(dreamt), bool)])
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(mask), self.keys(step, place))
+        (rows, recent), dreamt = self.rows(step), self.dreamt(step)
+        mine = np.arange(len(rows) + len(dreamt))[place.rank :: place.world]
+        real, unreal = mine[mine < len(rows)], dreamt[mine[mine >= len(rows)] - len(rows)]
+        tokens = np.concatenate([self.snapshot.tokens(rows[real]).astype(np.int64), self.dreams[unreal]])
+        mask = np.concatenate([recent[real], np.ones(len(unreal), bool)])
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(mask), self._keys(rows, dreamt, place))

@@ -84,9 +84,9 @@ class HeldState:
     """The optimizer's own counters."""
 
     @classmethod
-    def of(cls, engine: Engine) -> HeldState:
+    def of(cls, engine: Engine, weights: bool = True) -> HeldState:
         """The state of an engine between two steps."""
-        return cls(dict(engine.state()), engine.counters())
+        return cls(dict(engine.state(weights)), engine.counters())
 
     def get(self, name: str) -> Optional[Tensor]:
         """One tensor; None where there is none of that name."""

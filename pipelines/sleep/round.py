@@ -259,8 +259,10 @@ def _trained(
         after=lambda progress, loss: host.after_step(engine, task, progress, loss),
     )
     last = task.batches.batch(task.schedule.steps - 1, host.place).to(host.device)
-    ending: Optional[float] = mean_loss(engine, last.tokens_BS, cfg.compute.precision)
-    optimizer_bytes, weights = engine.optimizer_bytes(), dict(engine.weights())
+    whole = task.average is None and not sleep.merge  # the engine's weights become the candidate as they are
+    ending = mean_loss(engine, last.tokens_BS, cfg.compute.precision) if whole else None
+    weights = task.average.weights if task.average is not None else dict(engine.weights())
+    optimizer_bytes = engine.optimizer_bytes()
     left = keep(engine, task.schedule.steps) if keep is not None and sleep.carry != "nothing" else None
     engine.close()
     loss = progress.loss
@@ -268,10 +270,8 @@ def _trained(
         plain, tokens = host.build_model(), task.batches.batch(0).tokens_BS[:, :-1].to(host.device)
         loss["fold"] = folded(plain, weights, task.expansion, sleep, task.plan.seed, tokens).divergence or 0.0
         weights = {name: p.detach().cpu() for name, p in plain.named_parameters()}
-    if task.average is not None:
-        weights, ending = task.average.weights, None
-    elif sleep.merge:
-        weights, ending = merge_weights(weights, pinned.weights, sleep.merge), None
+    if sleep.merge:
+        weights = merge_weights(weights, pinned.weights, sleep.merge)
     forward = forward_flops(cfg.model, cfg.levels, models.anchor.vocab_size)
     read = objective.forward_tokens + dreams.passes
     # Every rank writes its part of the matrices: one write in all.

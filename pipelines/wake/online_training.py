@@ -162,7 +162,7 @@ class OnlineTraining:
 
     def state(self) -> Dict[str, Tensor]:
         """Moments, counters, average and the hook's things as named tensors; the weights are the caller's."""
-        held = HeldState(dict(self.engine.state(weights=False)), self.engine.counters())
+        held = HeldState.of(self.engine, weights=False)
         found = {f"{PREFIX}moment/{name}": tensor for name, tensor in held.tensors.items()}
         found.update({f"{PREFIX}counter/{n}": torch.tensor(v, dtype=torch.float64) for n, v in held.counters.items()})
         if self.average is not None:
@@ -249,7 +249,7 @@ class _Reading(_Hooked):
         if len(rest_BS):
             with torch.no_grad(), autocast(rest_BS.device, self.precision):
                 logits.append(self.model(rest_BS[:, :-1]))
-        all_BTV = torch.cat(logits)
+        all_BTV = logits[0] if len(logits) == 1 else torch.cat(logits)  # logits are large: no copy where none is left
         self.hook.scored(self.news, all_BTV)
         return self.note(all_BTV, token_nll(all_BTV, self.news.tokens_BS[:, 1:]))
 
