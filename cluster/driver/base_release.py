@@ -14,7 +14,7 @@ from cluster.pool.group import WorkerGroup
 from cluster.pool.rounds import RoundRunner
 from cluster.storage.releases import Release, Releases, load_release, shards_fingerprint, split, write_shard
 from nl_model.model import NestedLM
-from nl_model.weights import load_into
+from nl_model.weights import load_into, sync
 from pipelines.config.schema import Config
 from pipelines.data.module import DataModule
 from pipelines.data.stream import Sequence
@@ -63,10 +63,12 @@ def prepare_base(
 
 
 def _copy(source: Path, releases: Releases) -> None:
-    """Copy a release; the marker goes last, so that a crash leaves no half release behind."""
+    """Copy a release, as its cache outlives a run. The marker goes last, once what it vouches for is durable."""
     release, directory = Releases(source.parent).read(0), releases.prepare(0)
     for shard in release.shards:
-        shutil.copy2(source / shard.file, directory / shard.file)
+        shutil.copyfile(source / shard.file, directory / shard.file)
+        sync(directory / shard.file)
+    sync(directory)
     releases.publish(release)
 
 

@@ -84,8 +84,9 @@ class WorkerGroup:
             if not keep_waiting():
                 raise PoolError("stopped while waiting for the pool's place")
             if now - start > self.cfg.pool.start_timeout:
+                asked = self.cfg.ray.pool_bundle(self.cfg.compute.device == "cuda")
                 raise PoolError(
-                    f"no place for pool.ranks={self.cfg.pool.ranks} x {self.cfg.ray.pool_bundle(False)} within "
+                    f"no place for pool.ranks={self.cfg.pool.ranks} x {asked} within "
                     f"pool.start_timeout={self.cfg.pool.start_timeout:.0f} s; the cluster has "
                     f"{ray.cluster_resources()}, free are {ray.available_resources()}"
                 )

@@ -220,6 +220,7 @@ class ConsolidationWorker:
         def show(step: int, steps: int, loss: float) -> None:
             self.done = (step, steps, loss)
 
+        self.done = (0, 0, 0.0)  # of the call before this one
         return RankHost(self.cfg, self.place, self.device, self.setting.tokenizer, directory, states, show)
 
     @property
