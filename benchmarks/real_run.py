@@ -26,6 +26,7 @@ from benchmarks.results import keep_page
 from benchmarks.tables import Machine, markdown_table
 from nl_model.flops import full_step_flops
 from nl_model.weights import write_durably
+from pipelines.compare.measure import read_looks
 from pipelines.config.load import load_config, to_yaml
 from pipelines.config.schema import Config
 from pipelines.data.module import open_data
@@ -78,7 +79,7 @@ class RunFigures:
     final: float
     """Mean over all sources of the served model at the last look."""
     area: float
-    """Mean over the looks of the mean over the sources seen so far."""
+    """Mean over stream positions of the mean over the sources seen so far (compare/measure.py `read_looks`)."""
     gap: float
     """Most by which the served model is worse than its release, at any look."""
     online: float
@@ -147,30 +148,26 @@ def run(cfg: Config) -> Path:
 
 def read_run(directory: Path, cfg: Config, strategy: str) -> RunFigures:
     """The figures of a finished run, from its journal and its summary."""
-    summary, looks = read_summary(directory), {}
-    for event in read_events(directory / "events.jsonl"):
-        if event["event"] == "look":  # a step that was replayed after a crash was looked at twice, with the same result
-            served, rested = (statistics.fmean(event[side].values()) for side in ("served", "rested"))
-            looks[event["tokens"], event["release"]] = Look(event["tokens"], event["release"], served, rested)
-            finals = event["served"]
+    summary = read_summary(directory)
+    # A step that was replayed after a crash was looked at twice, with the same result.
+    seen = {(e["tokens"], e["release"]): e for e in read_events(directory / "events.jsonl") if e["event"] == "look"}
+    looks = list(seen.values())
+    found = read_looks(looks)
     shape = (cfg.model, cfg.levels, open_data(cfg).tokenizer.vocab_size)
-    ordered = list(looks.values())
-    # The last look in the middle of the stream and the one after its last adoption are at the same place: one counts.
-    counted = {look.tokens * LOOKS // max(1, ordered[-1].tokens): look for look in ordered}
     return RunFigures(
         strategy=strategy,
         seed=cfg.run.seed,
-        final=ordered[-1].served,
-        area=statistics.fmean(look.served for look in counted.values()),
-        gap=max(look.served - look.rested for look in ordered),
+        final=found["final_bpb"],
+        area=found["area_bpb"],
+        gap=found["gap_bpb"],
         online=summary["online_bpb"],
         recalled=summary["recalled_bpb"] or math.nan,
         epochs=summary["flops"]["total"] / full_step_flops(*shape) / summary["tokens_streamed"],
         rounds=len(summary["rounds"]),
         promoted=sum(record["decision"] == "promoted" for record in summary["rounds"]),
         seconds=summary["seconds"]["stream"],
-        finals=finals,
-        looks=list(counted.values()),
+        finals=looks[-1]["served"],
+        looks=[Look(e["tokens"], e["release"], *m[1:]) for e, m in zip(looks, found["looks"], strict=True)],
     )
 
 
