@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from pipelines.config.gate import GateConfig
 from pipelines.gate.bootstrap import Changes, paired_changes
 from pipelines.gate.evidence import Evidence, Storage, weights_fingerprint
+from pipelines.gate.probe import Score
 
 
 @dataclass(frozen=True)
@@ -51,16 +52,15 @@ class Comparison:
 
     @classmethod
     def of(cls, evidence: Evidence, cfg: GateConfig) -> Comparison:
-        """Compare on all sources seen, with intervals."""
+        """Compare on all sources seen, and with the awake model on the recent ones; with intervals."""
 
-        def against(old: str) -> Changes:
-            sides = (evidence.candidate, getattr(evidence, old), evidence.seen)
-            return paired_changes(*sides, cfg.samples, cfg.confidence, evidence.seed)
+        def against(old: Mapping[str, Score], sources: Sequence[str]) -> Changes:
+            return paired_changes(evidence.candidate, old, sources, cfg.samples, cfg.confidence, evidence.seed)
 
-        anchor = against("anchor")
+        anchor = against(evidence.anchor, evidence.seen)
         change = anchor.means
         worst = max(evidence.seen, key=lambda source: _or_inf(change[source]))
-        return cls(anchor, against("awake"), worst)
+        return cls(anchor, against(evidence.awake, evidence.recently_seen), worst)
 
 
 CheckFunction = Callable[[Evidence, Comparison, GateConfig], Check]
@@ -138,7 +138,7 @@ def check_reproduction(evidence: Evidence, _: Comparison, cfg: GateConfig) -> Ch
 def check_loss(evidence: Evidence, comparison: Comparison, cfg: GateConfig) -> Check:
     """Held-out loss against the anchor on all sources seen, and against anchor and awake model on the recent ones."""
     mean = comparison.anchor.mean(evidence.seen)
-    recent = [source for source in evidence.recent if source in evidence.seen]
+    recent = evidence.recently_seen
     figures: Dict[str, Any] = {"mean_change": asdict(mean)}
     bad = sorted(source for source in evidence.seen if not math.isfinite(evidence.candidate[source].bpb))
     if bad:

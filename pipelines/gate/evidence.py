@@ -88,7 +88,7 @@ class Evidence:
     anchor: Mapping[str, Score]
     """The last promoted release, on the same sequences."""
     awake: Mapping[str, Score]
-    """The awake model that the student started from, on the same sequences."""
+    """The awake model that the student started from, on those of the recent sources."""
     seen: Sequence[str]
     """Sources of the base and of the stream up to the snapshot."""
     recent: Sequence[str]
@@ -103,6 +103,11 @@ class Evidence:
     """Best bits per byte of any release so far, by source."""
     seed: int = 0
     """Seed of the bootstrap."""
+
+    @property
+    def recently_seen(self) -> List[str]:
+        """Recent sources that the run knows of: what must be learned."""
+        return [source for source in self.recent if source in set(self.seen)]
 
     @property
     def older(self) -> List[str]:

@@ -25,7 +25,7 @@ class Verdict:
     """The student at rest, on the gate's sequences."""
     anchor: Dict[str, Score] = field(default_factory=dict)
     awake: Dict[str, Score] = field(default_factory=dict)
-    """The awake model of the round's mark."""
+    """The awake model of the round's mark, on the recent sources: no decision asks for more."""
     divergence: Dict[str, float] = field(default_factory=dict)
     """KL(anchor || candidate) on fixed prompts, in nats per token."""
     recent: List[str] = field(default_factory=list)
@@ -62,17 +62,17 @@ class Judge:
         recent: List[str],
         ending: Tuple[float, float],
     ) -> Verdict:
-        """Score three models on some sources.
+        """Score candidate and anchor on some sources, and the awake model on the recent ones among them.
 
         Args:
             number: the anchor's release.
-            recent: sources of the recent experience, for the verdict.
+            recent: sources of the recent experience.
             ending: losses on the last batch, for the verdict.
         """
         precision, gate = self.cfg.compute.precision, self.cfg.gate
 
-        def scores(model: NestedLM) -> Dict[str, Score]:
-            return {source: measure(model, self.probes[source], precision) for source in sources}
+        def scores(model: NestedLM, among: Sequence[str] = sources) -> Dict[str, Score]:
+            return {source: measure(model, self.probes[source], precision) for source in among}
 
         before = self.known.get(number, {})
         is_known = set(sources) <= set(before)
@@ -86,11 +86,13 @@ class Judge:
             for source in (sources if math.isfinite(gate.max_divergence) else ())
         }
         row = score(candidate, self.reported, sources, precision)
-        read = sum(self.probes[source].tokens[:, 1:].size for source in sources) * (2 + (not is_known))
+        lately = [source for source in sources if source in recent]
+        scored = [*sources * (1 + (not is_known)), *lately]
+        read = sum(self.probes[source].tokens[:, 1:].size for source in scored)
         asked = sum(min(gate.prompts, len(self.probes[source].tokens)) for source in divergence)
         read += 2 * asked * self.cfg.model.context
         found = {source: old[source] for source in sources}
-        return Verdict(new, found, scores(awake), divergence, recent, ending, row, read)
+        return Verdict(new, found, scores(awake, lately), divergence, recent, ending, row, read)
 
 
 def gather_evidence(

@@ -37,16 +37,16 @@ def gate_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def awake_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     """What the gate measured of every round: the release that it started from, the awake model of its mark and the
-    candidate, each as a mean over the sources seen by then, in bits per byte. Rounds without these are left out."""
+    candidate, each as a mean over the round's recent sources, in bits per byte. Rounds without these are left out."""
     rows = []
     for item in summary.get("rounds") or ():
         figures = item.get("figures") or {}
         found = [figures.get(side) or {} for side in ("anchor", "awake", "candidate")]
         known = [name for name in found[0] if all(scores.get(name) is not None for scores in found)]
-        seen = [name for name in figures.get("seen") or known if name in known]
-        if not seen:
+        recent = [name for name in figures.get("recent") or known if name in known]
+        if not recent:
             continue
-        anchor, awake, candidate = (sum(float(scores[name]) for name in seen) / len(seen) for scores in found)
+        anchor, awake, candidate = (sum(float(scores[name]) for name in recent) / len(recent) for scores in found)
         texts = {"anchor": f"{anchor:.3f}", "awake": f"{awake:.3f}", "candidate": f"{candidate:.3f}"}
         rows.append({"id": str(item["id"]), **texts, "change": f"{awake - anchor:+.3f}"})
     return rows

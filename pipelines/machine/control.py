@@ -139,15 +139,20 @@ def control_config(cfg: Config, trial: Trial, budget: Budget, setting: DataModul
 
 def gate_flops(cfg: Config, setting: DataModule, tokens: int) -> float:
     """FLOPs that the gate reads for in a run of so many tokens with a round in every period (pipelines/gate/judge.py):
-    candidate and awake model on its sequences, the anchor in the first round, and the prompts twice."""
+    the candidate on its sequences, the anchor in the first round, the awake model on one source, and the prompts twice.
+
+    How many sources a round's text comes from is not known beforehand: a control is charged for one, and so never gets
+    less than what it is compared with.
+    """
     period = cfg.pool_period
     rounds = tokens // period + (tokens % period >= least_rest(period))
-    probes = Judge(setting.probes(), cfg).probes.values()
+    probes = list(Judge(setting.probes(), cfg).probes.values())
     read = sum(probe.tokens[:, 1:].size for probe in probes)
     asked = sum(min(cfg.gate.prompts, len(probe.tokens)) for probe in probes) * cfg.model.context
     asked *= math.isfinite(cfg.gate.max_divergence)
     forward = float(forward_flops(cfg.model, cfg.levels, setting.tokenizer.vocab_size))
-    return forward * (rounds * 2 * (read + asked) + (read if rounds else 0))
+    awake = read / max(1, len(probes))
+    return forward * (rounds * (read + awake + 2 * asked) + (read if rounds else 0))
 
 
 def served_rows(state: RunState, cfg: Config) -> List[Row]:

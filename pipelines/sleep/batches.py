@@ -23,9 +23,11 @@ class RoundBatches:
     """Batches of a round: a pure function of (snapshot, plan, step). Recent rows come first, then replayed ones, then
     dreams.
 
-    Recent experience is read in a seeded order, each once per pass; old experience is drawn by the sampler. Where there
-    is only one of them to be had, it fills the batch; ValueError where there is neither. Dreams stand in for replayed
-    rows, one after the other, evenly over the steps; like recent experience they are learned with the teacher.
+    Recent experience is read in a seeded order, each once per pass; old experience is drawn by the sampler. Their
+    shares hold over the steps of a round, whatever the batch: a fifth of 4 sequences is 1 in most steps and none in
+    every fifth. Where there is only one of them to be had, it fills the batch; ValueError where there is neither.
+    Dreams stand in for replayed rows, one after the other, evenly over the steps; like recent experience they are
+    learned with the teacher.
 
     Args:
         dreams: tokens of this round's dreams, int64 (n, S). Stored ones are never drawn.
@@ -48,14 +50,14 @@ class RoundBatches:
         self.replay = Replay(snapshot, old, cfg, plan.store_seed)
         if not len(self.recent_rows) and not len(self.replay.held):
             raise ValueError(f"round {plan.round}: no usable experience up to key {plan.last_key}")
-        self.num_recent = cfg.batch
+        self.size, self.recent_per_step = cfg.batch, float(cfg.batch)
+        """Sequences of a step, and recent ones among them on average."""
         if len(self.replay.held):
-            self.num_recent = round(cfg.recent * cfg.batch) if len(self.recent_rows) else 0
-        self.num_old = cfg.batch - self.num_recent
+            self.recent_per_step = cfg.recent * cfg.batch if len(self.recent_rows) else 0.0
         self.dreams = np.empty((0, snapshot.context + 1), np.int64) if dreams is None else dreams
         mixing = mixing or DreamConfig()
         often = mixing.repeats * len(self.dreams) / max(1, plan.steps)
-        self.per_step = min(mixing.share * cfg.batch, often, self.num_old)
+        self.per_step = min(mixing.share * cfg.batch, often, self.size - math.ceil(self.recent_per_step))
         """Dreams of a step, on average."""
 
     def recent_sources(self) -> List[str]:
@@ -65,17 +67,21 @@ class RoundBatches:
 
     def rows(self, step: int) -> Tuple[np.ndarray, np.ndarray]:
         """Row numbers (B - dreams of the step,) of a step, and which of them are recent, bool of the same shape."""
-        first = step * self.num_recent
-        recent = [self._recent(first + i) for i in range(self.num_recent)]
+        recent = [self._recent(i) for i in range(self._recent_before(step), self._recent_before(step + 1))]
+        num_old = self.size - len(recent)
         # All are drawn, whatever is dreamt instead of some: dreams change no draw.
-        old = self.replay.draw(self.num_old, self.plan.seed, step)[: self.num_old - len(self.dreamt(step))]
+        old = self.replay.draw(num_old, self.plan.seed, step)[: num_old - len(self.dreamt(step))]
         rows = np.concatenate([np.asarray(recent, dtype=np.int64), old])
-        return rows, np.arange(len(rows)) < self.num_recent
+        return rows, np.arange(len(rows)) < len(recent)
 
     def dreamt(self, step: int) -> np.ndarray:
         """Numbers of the dreams of a step, int64 (n,)."""
         first, last = math.floor(step * self.per_step), math.floor((step + 1) * self.per_step)
         return np.arange(first, last) % max(1, len(self.dreams))
+
+    def _recent_before(self, step: int) -> int:
+        """Recent sequences that the steps before this one read; a share such as 0.2 is no exact number."""
+        return math.floor(step * self.recent_per_step + 1e-9)
 
     def _recent(self, position: int) -> int:
         epoch, place = divmod(position, len(self.recent_rows))
@@ -91,7 +97,7 @@ class RoundBatches:
 
     def visited(self, steps: int) -> np.ndarray:
         """Rows of recent experience that `steps` steps read, each once, ascending."""
-        read = min(steps * self.num_recent, len(self.recent_rows))
+        read = min(self._recent_before(steps), len(self.recent_rows))
         return np.sort(self.recent_rows[self._order(0)[:read]]) if read else self.recent_rows[:0]
 
     def keys(self, step: int, place: Place = ALONE) -> np.ndarray:

@@ -321,9 +321,9 @@ def test_looks_are_means_over_the_sources_that_both_models_were_measured_on() ->
     assert len(twice.looks) == 1, "a replay after a restart looks again"
 
 
-def test_the_gates_awake_rows_are_means_over_the_sources_seen() -> None:
+def test_the_gates_awake_rows_are_means_over_the_recent_sources() -> None:
     figures = {
-        "seen": ["a", "b"],
+        "recent": ["a", "b"],
         "anchor": {"a": 2.0, "b": 4.0, "later": 9.0},
         "awake": {"a": 1.0, "b": 4.0, "later": 9.0},
         "candidate": {"a": 1.0, "b": 2.0, "later": 9.0},

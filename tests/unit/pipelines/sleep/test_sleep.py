@@ -105,6 +105,17 @@ def test_recent_and_old_are_mixed_as_configured(snapshot: Snapshot, share: float
         assert set(recent) <= set(RECENT) and set(old) <= set(OLD)
 
 
+@pytest.mark.parametrize(("batch", "share"), [(4, 0.2), (8, 0.2), (4, 0.1), (3, 0.5), (2, 0.05)])
+def test_a_share_that_is_no_whole_number_of_sequences_holds_over_the_steps(
+    snapshot: Snapshot, batch: int, share: float
+) -> None:
+    batches = RoundBatches(snapshot, plan(), replace(CFG, batch=batch, recent=share))
+    counts = [len(keys(batches, step)[0]) for step in range(100)]
+    assert sum(counts) == round(100 * batch * share)
+    assert max(counts) - min(counts) <= 1, "spread evenly"
+    assert all(len(batches.batch(step).tokens_BS) == batch for step in range(10))
+
+
 def test_every_recent_row_is_visited_once_per_pass(snapshot: Snapshot) -> None:
     batches = RoundBatches(snapshot, plan(), CFG)
     visited = [key for step in range(len(RECENT)) for key in keys(batches, step)[0]]
