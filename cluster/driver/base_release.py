@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import time
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from pipelines.sleep.base import base_hash, base_sequences
 from pipelines.wake.writes import learner_writes
 
 CACHE = ".bases"
+LOCK = "lock"
 
 
 def prepare_base(
@@ -40,26 +43,46 @@ def prepare_base(
     start = time.perf_counter()
     cache = Releases(run_dir.parent / CACHE / base_hash(cfg, setting.base_sources, sequences))
     origin, flops = "cached", 0.0
-    if 0 not in cache.numbers():
-        origin = "pretrained"
-
-        def pretrain(group: WorkerGroup) -> List[Any]:
-            directory = cache.prepare(0)
-            calls = group.async_call("pretrain", str(directory))
-            return group.collect(calls)
-
-        emit("base_started", tokens=cfg.base.tokens, sources=setting.base_sources)
-        ranks = runner.with_pool(pretrain)
-        runner.publish_base(cache.directory(0), ranks)
-        flops = sum(rank.flops for rank in ranks)
-    if cfg.wake.writes == "all":
-        weights = split(load_release(cache.directory(0)), "weight")
-        _publish(cfg, setting, releases, weights, str(cache.directory(0)))
-    else:
-        _copy(cache.directory(0), releases)
+    with _alone(cache.path):  # runs that start side by side share a base: one makes it, the others wait
+        if 0 not in cache.numbers():
+            emit("base_started", tokens=cfg.base.tokens, sources=setting.base_sources)
+            origin, flops = "pretrained", _pretrain(runner, cache)
+    _take(cfg, setting, cache, releases)
     seconds = time.perf_counter() - start
     emit("base_finished", origin=origin, tokens=cfg.base.tokens, seconds=seconds)
     return sequences, flops
+
+
+def _pretrain(runner: RoundRunner, cache: Releases) -> float:
+    """Pretrain a base into the cache; returns the FLOPs spent."""
+
+    def pretrain(group: WorkerGroup) -> List[Any]:
+        calls = group.async_call("pretrain", str(cache.prepare(0)))
+        return group.collect(calls)
+
+    ranks = runner.with_pool(pretrain)
+    runner.publish_base(cache.directory(0), ranks)
+    return float(sum(rank.flops for rank in ranks))
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Hold a folder against other processes; a holder that dies lets go."""
+    with (directory / LOCK).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _take(cfg: Config, setting: DataModule, cache: Releases, releases: Releases) -> None:
+    """Make a cached base release 0. What has an offset depends on what the learner writes, so a base that a run of
+    another strategy has made is taken apart and put together anew; otherwise its files are copied."""
+    source = cache.directory(0)
+    model = NestedLM(cfg.model, cfg.levels, setting.tokenizer.vocab_size)
+    held = {name for shard in cache.read(0).shards for name in shard.tensors if name.startswith("offset/")}
+    if held == {f"offset/{name}" for name in learner_writes(model, cfg)}:
+        _copy(source, releases)
+    else:
+        _publish(cfg, setting, releases, split(load_release(source), "weight"), str(source))
 
 
 def _copy(source: Path, releases: Releases) -> None:
