@@ -145,7 +145,7 @@ def _rank(cfg: Config, vocab_size: int, total: int, release: int) -> Dict[str, i
     gradients = {0: weights + 2 * bucket, 1: weights + share + 2 * bucket, 2: share + 3 * bucket, 3: 5 * bucket}
     activations = _pass(cfg, vocab_size, -(-cfg.sleep.batch // ranks), 8)
     if cfg.base.checkpoint is None and cfg.base.tokens:
-        activations = max(activations, _pass(cfg, vocab_size, cfg.base.batch, 4))
+        activations = max(activations, _pass(cfg, vocab_size, -(-cfg.base.batch // ranks), 4))
     smaller = 2 if cfg.pool.bf16_weights else 1
     return {
         "weights": (share + FLOAT * min(total, LIVE) if stage == 3 else weights) // smaller,

@@ -59,13 +59,16 @@ class PoolConfig:
 
         Args:
             sleep_batch: sequences per step over all ranks (sleep.batch).
-            base_batch: sequences per step and rank (base.batch).
+            base_batch: sequences per step of pretraining over all ranks (base.batch).
             precision: compute.precision.
         """
-        if sleep_batch % self.ranks:
-            raise ValueError(f"sleep.batch={sleep_batch} must be a multiple of pool.ranks={self.ranks}")
-        for key, share in (("sleep.batch / pool.ranks", sleep_batch // self.ranks), ("base.batch", base_batch)):
+        for key, batch in (("sleep.batch", sleep_batch), ("base.batch", base_batch)):
+            share, rest = divmod(batch, self.ranks)
+            if rest:
+                raise ValueError(f"{key}={batch} must be a multiple of pool.ranks={self.ranks}")
             if self.micro_batch and share % self.micro_batch:
-                raise ValueError(f"{key}={share} must be a multiple of pool.micro_batch={self.micro_batch}")
+                raise ValueError(
+                    f"{key} / pool.ranks={share} must be a multiple of pool.micro_batch={self.micro_batch}"
+                )
         if self.bf16_weights and precision != "bf16":
             raise ValueError("pool.bf16_weights=true computes in bf16; give compute.precision=bf16 as well")

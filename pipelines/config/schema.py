@@ -100,8 +100,8 @@ class BaseConfig:
     """Bytes of each base source that are read; 0: as many as of the stream's."""
     tokens: int = 393216
     """Tokens of base pretraining, over repeated passes of the mixture."""
-    batch: int = 4
-    """Sequences per step and rank of base pretraining."""
+    batch: int = 8
+    """Sequences per step of base pretraining over all ranks together: a pool of another size makes the same base."""
     lr: float = 3e-3
     """Peak step size of base pretraining."""
 

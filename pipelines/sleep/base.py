@@ -99,8 +99,8 @@ class TrueTokens:
 
 
 def base_steps(cfg: Config) -> int:
-    """Steps of base pretraining over all ranks together."""
-    return cfg.base.tokens // (cfg.base.batch * cfg.pool.ranks * cfg.model.context)
+    """Steps of base pretraining, whatever the pool's size."""
+    return cfg.base.tokens // (cfg.base.batch * cfg.model.context)
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,6 @@ class Pretraining:
     @classmethod
     def of(cls, cfg: Config, sequences: List[Sequence], model: NestedLM) -> Pretraining:
         """Pretraining as configured, over a mixture."""
-        size = cfg.base.batch * cfg.pool.ranks
         schedule = Schedule("cosine", cfg.base.lr, base_steps(cfg))
-        batches = BaseBatches(sequences, size, cfg.run.seed)
-        return cls(batches, size, schedule, OptimizerConfig(lr=cfg.base.lr), model.owned_by("learner"))
+        batches = BaseBatches(sequences, cfg.base.batch, cfg.run.seed)
+        return cls(batches, cfg.base.batch, schedule, OptimizerConfig(lr=cfg.base.lr), model.owned_by("learner"))

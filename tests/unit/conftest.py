@@ -120,7 +120,7 @@ def make_config(corpus_folder: Path) -> Callable[..., Config]:
             stream=StreamConfig(
                 path=str(corpus_folder), sources=["b", "c"], max_source_bytes=1600, probe_bytes=200, transition=256
             ),
-            base=BaseConfig(sources=["a"], tokens=512, batch=2),
+            base=BaseConfig(sources=["a"], tokens=512, batch=4),
             wake=WakeConfig(batch=2),
             sleep=SleepConfig(batch=4),
             pool=PoolConfig(ranks=2),

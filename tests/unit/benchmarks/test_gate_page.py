@@ -26,5 +26,5 @@ def test_every_run_has_a_seed_and_an_order_of_sources_of_its_own() -> None:
     configs = [small_config(seed) for seed in range(3)]
     assert [cfg.run.seed for cfg in configs] == [0, 1, 2]
     assert all(one.stream.sources != other.stream.sources for one, other in itertools.combinations(configs, 2))
-    steps = {cfg.base.tokens // (cfg.base.batch * cfg.pool.ranks * cfg.model.context) for cfg in configs}
+    steps = {cfg.base.tokens // (cfg.base.batch * cfg.model.context) for cfg in configs}
     assert steps == {800} and len(PLANTS) == 23

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from nl_model.model import NestedLM
 from pipelines.config.schema import BaseConfig, ComputeConfig, Config, PoolConfig, TokenizerConfig
 from pipelines.data.module import open_data
 from pipelines.data.stream import Sequence
 from pipelines.experience import ExperienceStore, Snapshot
-from pipelines.sleep.base import BaseBatches, base_hash, base_records, base_sequences, base_steps
+from pipelines.sleep.base import BaseBatches, Pretraining, base_hash, base_records, base_sequences, base_steps
 from pipelines.sleep.training import Place
 
 BOTH = ["a", "c"]
@@ -161,5 +162,19 @@ def test_ranks_share_a_base_batch_without_rest(sequences: List[Sequence], world:
 
 
 def test_base_steps(make_config: Callable[..., Config]) -> None:
-    assert base_steps(make_config()) == 512 // (2 * 2 * 16)
-    assert base_steps(make_config(base=BaseConfig(sources=["a"], tokens=1000, batch=3))) == 1000 // (3 * 2 * 16)
+    assert base_steps(make_config()) == 512 // (4 * 16)
+    assert base_steps(make_config(base=BaseConfig(sources=["a"], tokens=1000, batch=6))) == 1000 // (6 * 16)
+
+
+def test_a_pool_of_any_size_pretrains_the_same_base(
+    make_config: Callable[..., Config], sequences: List[Sequence]
+) -> None:
+    cfg = make_config()
+    model = NestedLM(cfg.model, cfg.levels, 257)
+    sizes = [replace(cfg, pool=replace(cfg.pool, ranks=ranks)) for ranks in (1, 4)]
+    alone, many = (Pretraining.of(one, sequences, model) for one in sizes)
+    assert alone.batch == many.batch and alone.schedule.steps == many.schedule.steps > 0
+    for step in range(alone.schedule.steps):
+        together = np.concatenate([many.batches.keys(step, Place(rank, 4)) for rank in range(4)])
+        assert sorted(together) == sorted(alone.batches.keys(step))
+        assert alone.schedule.lr(step) == many.schedule.lr(step)
