@@ -197,7 +197,7 @@ def test_levels_that_form_no_hierarchy(write: Callable[[str], str], levels: str,
         (["sleep.batch=9", "pool.ranks=2"], r"sleep\.batch=9 must be a multiple of pool\.ranks=2"),
         (["pool.ranks=0"], r"pool\.ranks=0 must be at least 1"),
         (["pool.micro_batch=3"], r"sleep\.batch / pool\.ranks=4 must be a multiple of pool\.micro_batch=3"),
-        (["pool.micro_batch=4", "base.batch=12"], r"base\.batch / pool\.ranks=6 must be a multiple of pool\.micro"),
+        (
             ["pool.micro_batch=4", "base.batch=12"],
             r"base\.batch / pool\.ranks=6 must be a multiple of pool\.micro_batch=4",
         ),
