@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List
 
 import ray
 from ray.exceptions import RayError
@@ -113,10 +113,6 @@ class WorkerGroup:
             if is_users(error):  # bad data stays bad, a full disk full: no use in trying again
                 raise cause_of(error) from None
             raise PoolError(f"a rank of the consolidation pool failed: {describe(error)}") from error
-
-    def progress(self) -> Tuple[int, int, float]:
-        """(steps done, steps planned, last loss) of rank 0."""
-        return ray.get(self.workers[0].progress.remote(), timeout=self.cfg.failures.call_timeout)
 
     def kill(self) -> None:
         """End all ranks at once and give their place back."""
