@@ -20,7 +20,7 @@ from torch import Tensor
 from nl_model.config import OptimizerConfig
 from nl_model.flops import forward_flops
 from nl_model.model import NestedLM, resolve_device
-from nl_model.weights import load_into, tensor_digest
+from nl_model.weights import join, load_into, tensor_digest
 from pipelines.config.schema import Config
 from pipelines.data.module import DataModule
 from pipelines.dreams.dream import dream, to_records
@@ -44,7 +44,7 @@ from pipelines.sleep.training import ALONE, Place, Progress, train
 from pipelines.wake.hooks import Hook
 from pipelines.wake.learner import Checkpoint, Learner
 from pipelines.wake.report import LearnerReport
-from pipelines.wake.writes import learner_writes
+from pipelines.wake.writes import no_offset
 
 
 @dataclass(frozen=True)
@@ -205,8 +205,7 @@ class LocalParts:
         if 0 not in self.releases:
             model = self.host.build_model()
             weights = self.base if self.base is not None else pretrain(self.cfg, self.host, self.sequences)
-            offset = {name: torch.zeros_like(weights[name]) for name in learner_writes(model, self.cfg)}
-            self.releases[0] = HeldRelease(weights, offset, ReleaseFact(0, -1, 0))
+            self.releases[0] = HeldRelease(weights, no_offset(model, self.cfg, weights), ReleaseFact(0, -1, 0))
         return len(self.sequences), 0.0
 
     def score_base(self) -> Dict[str, float]:
@@ -331,7 +330,7 @@ def pretrain(cfg: Config, host: LocalHost, sequences: Sequence[Any]) -> Weights:
 
 
 def _fingerprint(weights: Weights) -> str:
-    return weights_fingerprint({f"weight/{name}": tensor_digest(tensor) for name, tensor in weights.items()})
+    return weights_fingerprint(join(weight={name: tensor_digest(tensor) for name, tensor in weights.items()}))
 
 
 @dataclass(frozen=True)
@@ -343,8 +342,7 @@ class _Claim:
 
 def _storage(found: Candidate, releases: Dict[int, Weights]) -> Storage:
     """A candidate in memory as the gate sees one on disk: whole, and compared with the releases before it."""
-    tensors = {f"weight/{n}": t for n, t in found.weights.items()}
-    tensors.update({f"offset/{n}": t for n, t in found.offset.items()})
+    tensors = join(weight=found.weights, offset=found.offset)
     facts = {name: TensorFacts.of(tensor) for name, tensor in tensors.items()}
     wanted = {name: TensorFacts(fact.shape, fact.dtype) for name, fact in facts.items()}
     newest = max(releases)

@@ -18,6 +18,7 @@ from torch import Tensor
 from nl_model.flops import forward_flops, full_step_flops, write_flops
 from nl_model.losses import token_nll
 from nl_model.model import NestedLM, autocast
+from nl_model.weights import split
 from pipelines.config.schema import Config
 from pipelines.experience.replay import Experience, Replay, usable
 from pipelines.sleep.average import WeightAverage
@@ -174,16 +175,11 @@ class OnlineTraining:
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `state` returned."""
-
-        def below(kind: str) -> Dict[str, Tensor]:
-            start = f"{PREFIX}{kind}/"
-            return {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
-
-        held = HeldState(below("moment"), {name: float(t) for name, t in below("counter").items()})
-        self.engine.load_moments(held)
+        counters = {name: float(t) for name, t in split(tensors, f"{PREFIX}counter").items()}
+        self.engine.load_moments(HeldState(split(tensors, f"{PREFIX}moment"), counters))
         if self.average is not None:
-            self.average.weights = {name: t.clone() for name, t in below("average").items()}
-        self.hook.load_state(below("hook"))
+            self.average.weights = {name: t.clone() for name, t in split(tensors, f"{PREFIX}average").items()}
+        self.hook.load_state(split(tensors, f"{PREFIX}hook"))
         steps, self.trained, self.fresh, self.owed = tensors[f"{PREFIX}due"].tolist()
         self.steps = int(steps)
 

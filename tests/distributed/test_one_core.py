@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster.storage.releases import Releases, load_release, split
+from cluster.storage.releases import Releases, load_release
+from nl_model.weights import split
 from pipelines.config.load import load_config
 from pipelines.config.schema import Config
 from pipelines.data.module import open_data
