@@ -34,6 +34,7 @@ from pipelines.gate.probe import score
 from pipelines.machine import actions as do
 from pipelines.machine import events as on
 from pipelines.machine.records import ReleaseFact, RoundRecord
+from pipelines.machine.rules import Rules
 from pipelines.sleep.base import Pretraining, TrueTokens, base_records, base_sequences
 from pipelines.sleep.engine import Engine, HeldState, LocalEngine, TrainingState
 from pipelines.sleep.guides import StoredGuides, write_guides
@@ -41,10 +42,10 @@ from pipelines.sleep.judged import judge_candidate
 from pipelines.sleep.plan import RoundPlan
 from pipelines.sleep.round import Candidate, DreamShare, Pinned, Resume, Task, Weights, run_round
 from pipelines.sleep.training import ALONE, Place, Progress, train
-from pipelines.wake.hooks import Hook
+from pipelines.wake.hooks import Hook, HookCosts
 from pipelines.wake.learner import Checkpoint, Learner
 from pipelines.wake.report import LearnerReport
-from pipelines.wake.writes import no_offset
+from pipelines.wake.writes import no_offset, wake_flops
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,13 @@ class LocalParts:
         self.judge = Judge(self.data.probes(), self.cfg)
         self.sequences = base_sequences(self.data.corpus, self.data.tokenizer, self.cfg, self.data.base_sources)
         self.learner: Optional[Learner] = None
+
+    @property
+    def rules(self) -> Rules:
+        """What the machine that drives these parts knows of the configuration."""
+        cfg, data, vocab = self.cfg, self.data, self.data.tokenizer.vocab_size
+        costs = self.hook.costs(cfg, vocab) if self.hook is not None else HookCosts()
+        return Rules.of(cfg, tuple(data.sources), tuple(data.base_sources), wake_flops(cfg, vocab, costs))
 
     # Release 0 and the store.
 
