@@ -341,7 +341,7 @@ def main() -> None:
     page = render(figures)
     print(page)
     options.json.write_text(json.dumps(figures.as_json(), indent=2) + "\n")
-    keep_page(options.json, "python -m benchmarks.sleep", page)
+    keep_page(options.json, page)
 
 
 if __name__ == "__main__":
