@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.honest import HonestRun
 from benchmarks.planted import PLANTS, judge_planted
-from benchmarks.results import keep_page
+from benchmarks.results import command_line, keep_page
 from benchmarks.tables import Machine, markdown_table
 from pipelines.config.load import load_config
 from pipelines.config.schema import Config
@@ -141,13 +141,11 @@ def main() -> None:
     print(f"{time.perf_counter() - start:.0f} s on {Machine.here().show()}")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        command = f"python -m benchmarks.gate --candidates {arguments.candidates}"
-        command += f" --kinds '{arguments.kinds}'" if arguments.kinds else ""
         keys = ("planted_blocked", "planted", "honest_blocked", "honest")
         figures = dict(zip(keys, blocked(cases), strict=True))
-        payload = {**figures, "command": command, "overrides": OVERRIDES, "cases": [asdict(c) for c in cases]}
+        payload = {**figures, "command": command_line(), "overrides": OVERRIDES, "cases": [asdict(c) for c in cases]}
         arguments.json.write_text(json.dumps(payload, indent=1) + "\n")
-        keep_page(arguments.json, command, render(cases))
+        keep_page(arguments.json, render(cases))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Dict, List, Mapping, Optional, Tuple
 
-import torch
 from torch import Tensor
 
 from cluster.pool.evidence import candidate_identity, gather_storage
@@ -22,10 +21,9 @@ from cluster.storage.releases import (
     inspect_shard,
     load_release,
     shards_fingerprint,
-    split,
     write_shard,
 )
-from nl_model.weights import load_into
+from nl_model.weights import join, load_into, split
 from pipelines.config.schema import Config
 from pipelines.data.module import open_data
 from pipelines.experience.memory import MemoryStore
@@ -41,7 +39,7 @@ from pipelines.sleep.plan import RoundPlan, num_steps
 from pipelines.sleep.round import Candidate, Pinned, Weights, run_round
 from pipelines.wake.learner import Learner
 from pipelines.wake.report import Mark
-from pipelines.wake.writes import learner_writes, with_budget
+from pipelines.wake.writes import no_offset, with_budget
 
 WORLD = 2
 """Shards of a release."""
@@ -59,8 +57,7 @@ class Found:
     @property
     def tensors(self) -> Dict[str, Tensor]:
         """What its release would hold."""
-        weights = {f"weight/{name}": tensor for name, tensor in self.made.weights.items()}
-        return {**weights, **{f"offset/{name}": tensor for name, tensor in self.made.offset.items()}}
+        return join(weight=self.made.weights, offset=self.made.offset)
 
 
 class _WithReleases(MemoryHost):
@@ -103,8 +100,7 @@ class HonestRun:
         self.store.append(base_records(sequences))
         weights, model = pretrain(cfg, self.host, sequences), self.host.build_model()
         load_into(model, weights)
-        tensors = {f"weight/{name}": tensor for name, tensor in weights.items()}
-        tensors.update({f"offset/{name}": torch.zeros_like(weights[name]) for name in learner_writes(model, cfg)})
+        tensors = join(weight=weights, offset=no_offset(model, cfg, weights))
         shards = self.write(self.releases.prepare(0), tensors, "")
         self.releases.publish(Release(0, None, 0, 0, -1, 0, shards_fingerprint(shards), shards))
         return score(model, self.measures.reported, setting.sources, cfg.compute.precision)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.results import keep_page
+from benchmarks.results import command_line, keep_page
 from benchmarks.tables import Machine, Spread, markdown_table
 from nl_model.config import LevelConfig, OptimizerConfig
 from nl_model.model import NestedLM
@@ -189,15 +189,11 @@ def main() -> None:
     print(f"{time.perf_counter() - start:.0f} s on {Machine.here().show()}")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        command = f"python -m benchmarks.levels --seeds {arguments.seeds}"
-        payload: Dict[str, object] = {
-            "command": command,
-            "machine": asdict(Machine.here()),
-        }
+        payload: Dict[str, object] = {"command": command_line(), "machine": asdict(Machine.here())}
         payload["outcomes"] = [asdict(outcome) for outcome in outcomes]
         arguments.json.write_text(json.dumps(payload, indent=1) + "\n")
         draw(outcomes, arguments.json.with_suffix(".png"))
-        keep_page(arguments.json, command, f"{render(outcomes)}\n\n![three losses]({PICTURE})")
+        keep_page(arguments.json, f"{render(outcomes)}\n\n![three losses]({PICTURE})")
 
 
 if __name__ == "__main__":

@@ -287,9 +287,7 @@ def main() -> None:
     print(render(figures))
     if options.json:
         options.json.write_text(json.dumps(figures.as_json(), indent=2) + "\n")
-        peers_too = " --peers" if options.peers else ""
-        command = f"python -m benchmarks.model{peers_too} --json benchmarks/results/{options.json.name}"
-        keep_page(options.json, command, render(figures))
+        keep_page(options.json, render(figures))
 
 
 if __name__ == "__main__":

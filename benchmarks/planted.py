@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.honest import Found, HonestRun
 from cluster.storage.releases import Shard, load_release, write_shard
-from nl_model.weights import load_into
+from nl_model.weights import join, load_into
 from pipelines.gate.decision import Decision
 from pipelines.sleep.base import TrueTokens
 from pipelines.sleep.batches import RoundBatches
@@ -88,7 +88,7 @@ def overtrained(run: HonestRun, found: Found, generator: torch.Generator) -> Bad
     batches = RoundBatches(run.store.at(found.plan.snapshot), found.plan, replace(sleep, recent=1.0))
     engine = run.host.build_engine(model, sleep.optimizer, sleep.batch, (), None)
     train(engine, TrueTokens(), batches, OVERTRAINED, run.host.device, precision=precision)
-    weights = {f"weight/{name}": tensor for name, tensor in engine.weights()}
+    weights = join(weight=dict(engine.weights()))
     return Bad({**found.tensors, **weights}, ending=mean_loss(engine, found.made.last.tokens_BS, precision))
 
 

@@ -187,7 +187,7 @@ def write_page(store: Store, tasks: Mapping[str, Task], options: str = "") -> No
     lines = collect(store, tasks, list(MODELS))
     names, seeds = dict.fromkeys(line.task for line in lines), max((len(line.scores) for line in lines), default=1)
     command = f"python -m benchmarks.probes --tasks {','.join(names)} --seeds {seeds} --json {store.path.name}{options}"
-    keep_page(store.path, command, render(lines, tasks))
+    keep_page(store.path, render(lines, tasks), command)
 
 
 if __name__ == "__main__":

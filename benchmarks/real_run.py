@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import keep_page
+from benchmarks.results import command_line, keep_page
 from benchmarks.tables import Machine, markdown_table
 from nl_model.flops import full_step_flops
 from nl_model.weights import write_durably
@@ -233,11 +233,10 @@ def main() -> None:
                 f"{one.seconds:.0f} s)",
                 flush=True,
             )
-    command = shlex.join(["python", "-m", "benchmarks.real_run", *sys.argv[1:]])
-    plain = {"command": command, "machine": Machine.here().show(), "runs": [asdict(one) for one in found]}
+    plain = {"command": command_line(), "machine": Machine.here().show(), "runs": [asdict(one) for one in found]}
     options.json.parent.mkdir(parents=True, exist_ok=True)
     write_durably(options.json, json.dumps(plain, indent=1).encode())
-    keep_page(options.json, command, page(found))
+    keep_page(options.json, page(found))
     print(f"\n{table(found)}\n\n{options.json}, {options.json.with_suffix('.md')}")
 
 

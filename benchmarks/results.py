@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -55,10 +57,10 @@ class Circumstances:
     versions: Mapping[str, str]
 
     @classmethod
-    def here(cls, command: str) -> Circumstances:
+    def here(cls) -> Circumstances:
         """Those of this machine right now."""
         date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-        return cls(command, date, Machine.here(), os.getloadavg()[0], versions())
+        return cls(command_line(), date, Machine.here(), os.getloadavg()[0], versions())
 
 
 @dataclass(frozen=True)
@@ -117,9 +119,16 @@ def chapters(folder: Path) -> list[str]:
     return parts
 
 
-def keep_page(json_file: Path, command: str, body: str) -> None:
-    """Lay a benchmark's page beside its JSON file: the command and the machine above its tables."""
-    about = f"Made by `{command}` on {Machine.here().show()}, {datetime.now(UTC).strftime('%Y-%m-%d')}."
+def command_line() -> str:
+    """The `python -m` that this process was started with, as it would be typed."""
+    return shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+
+
+def keep_page(json_file: Path, body: str, command: str = "") -> None:
+    """Lay a benchmark's page beside its JSON file: the command (this process's, if empty) and the machine above it."""
+    about = (
+        f"Made by `{command or command_line()}` on {Machine.here().show()}, {datetime.now(UTC).strftime('%Y-%m-%d')}."
+    )
     write_durably(json_file.with_suffix(".md"), f"{about}\n\n{body}\n".encode())
 
 
@@ -180,13 +189,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer repeats, for a first look")
     parser.add_argument("--pages", action="store_true", help="measure nothing; take in the pages of results/ anew")
     options = parser.parse_args()
-    quick = options.quick
     if options.pages:
         write_durably(RESULTS, with_pages(RESULTS.read_text(encoding="utf-8")).encode())
         print(f"pages taken into {RESULTS}")
         return
-    circumstances = Circumstances.here(f"python -m benchmarks.results{' --quick' if quick else ''}")
-    measured = measure(QUICK if quick else FULL)
+    circumstances = Circumstances.here()
+    measured = measure(QUICK if options.quick else FULL)
     write_durably(RESULTS, render(measured, circumstances).encode())
     print(f"\n{summary(measured)}\n\nwritten to {RESULTS}")
 

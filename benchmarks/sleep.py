@@ -22,7 +22,7 @@ from benchmarks.tables import Machine, Spread, markdown_table
 from benchmarks.traffic import file_bytes
 from cluster.storage.releases import Release, Releases, load_release, shards_fingerprint, write_shard
 from nl_model.model import NestedLM, resolve_device
-from nl_model.weights import parameters_of, save_tensors
+from nl_model.weights import join, parameters_of, save_tensors
 from pipelines.config.load import load_config
 from pipelines.config.schema import Config
 from pipelines.data.tokens import Tokenizer, build_tokenizer
@@ -194,9 +194,8 @@ class Handover:
         save_tensors(self.folder / "fast.safetensors", fast)
         to_pool = file_bytes()[0] - start
         releases = Releases(self.folder / "releases")
-        weights = {f"weight/{name}": p.detach() for name, p in model.named_parameters()}
-        tensors = {**weights, **{f"offset/{name}": p for name, p in fast.items()}}
-        shards = [write_shard(releases.prepare(1), 0, 1, tensors)]
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+        shards = [write_shard(releases.prepare(1), 0, 1, join(weight=weights, offset=fast))]
         releases.publish(Release(1, 0, 1, 1, 0, 0, shards_fingerprint(shards), shards))
         read, begun = file_bytes()[1], time.perf_counter()
         load_release(releases.directory(1))
@@ -342,7 +341,7 @@ def main() -> None:
     page = render(figures)
     print(page)
     options.json.write_text(json.dumps(figures.as_json(), indent=2) + "\n")
-    keep_page(options.json, "python -m benchmarks.sleep", page)
+    keep_page(options.json, page)
 
 
 if __name__ == "__main__":

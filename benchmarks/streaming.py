@@ -182,9 +182,7 @@ def main() -> None:
     print(render(found))
     if options.json:
         options.json.write_text(json.dumps(as_json(found), indent=2) + "\n")
-        keep_page(
-            options.json, f"python -m benchmarks.streaming --json benchmarks/results/{options.json.name}", render(found)
-        )
+        keep_page(options.json, render(found))
 
 
 if __name__ == "__main__":

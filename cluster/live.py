@@ -7,7 +7,6 @@ into text and panels.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Optional
@@ -165,11 +164,6 @@ class LiveView:
         if self._live is not None:
             self._live.stop()  # draws the last state once more
             self._live = None
-
-    def restore(self, events: Iterable[Event]) -> None:
-        """Take in what happened before (a resumed run's journal) without printing it."""
-        for event in events:
-            self.state.update(event)
 
     def handle(self, event: Event) -> None:
         """Take in one event and show it: at once, or, for waking in plain lines, at most every five seconds."""

@@ -33,10 +33,6 @@ class LevelClock:
         assert 0 <= before <= after, f"the clock runs forward: {before} to {after}"
         return tuple(name for name, period in self.periods.items() if after // period > before // period)
 
-    def next_boundary(self, name: str, tokens: int) -> int:
-        """First boundary of a level that lies behind `tokens`."""
-        return (tokens // self.periods[name] + 1) * self.periods[name]
-
     def on_boundary(self, tokens: int) -> bool:
         """Whether every level of this clock is at a boundary (position 0 counts)."""
         return all(tokens % period == 0 for period in self.periods.values())

@@ -58,7 +58,7 @@ def divergence(student_TV: Tensor, guide: Guide, kind: str = "forward_kl", beta:
 
     forward_kl: KL(P || Q). reverse_kl: KL(Q || P). jsd: b KL(P || M) + (1 - b) KL(Q || M) with M = b P + (1 - b) Q, the
     generalised Jensen-Shannon divergence (Agarwal et al. 2024); b near 0 tends to b KL(P || Q), b near 1 to
-    (1 - b) KL(Q || P).
+    (1 - b) KL(Q || P). For b 0.5 it is symmetric, and at most log 2.
 
     Args:
         kind: one of DIVERGENCES.
@@ -85,11 +85,6 @@ def forward_kl(student_TV: Tensor, guide: Guide) -> Tensor:
 def reverse_kl(student_TV: Tensor, guide: Guide) -> Tensor:
     """KL(student || guide) per token (T,)."""
     return divergence(student_TV, guide, "reverse_kl")
-
-
-def jensen_shannon(student_TV: Tensor, guide: Guide, beta: float = 0.5) -> Tensor:
-    """Generalised Jensen-Shannon divergence per token (T,); symmetric, and at most log 2, for beta 0.5."""
-    return divergence(student_TV, guide, "jsd", beta)
 
 
 def distillation(nll_BT: Tensor, divergence_BT: Tensor, weight: float) -> Tensor:

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nl_model.levelled import is_slot
 from nl_model.model import LevelMLP, NestedLM, linear
 from nl_model.pointwise import squared_relu
 
@@ -150,8 +149,6 @@ class FoldReport:
     """The constant that stands for each folded update's gate, by its name."""
     divergence: Optional[float] = None
     """Mean KL(before || after) in nats per token on the given tokens; None where none were given."""
-    largest: Optional[float] = None
-    """Largest change of a logit there."""
 
 
 def add_slots(model: NestedLM, levels: Iterable[str], cfg: SlotConfig) -> NestedLM:
@@ -207,13 +204,6 @@ def active_slots(model: NestedLM, level: str) -> List[int]:
     return [] if mlp is None else [i for i, on in enumerate(mlp.active_S.tolist()) if on]
 
 
-def free_slot(model: NestedLM, level: str) -> Optional[int]:
-    """The first inactive slot of a level; None where all are taken."""
-    mlp = next(iter(slotted(model, level).values()))
-    taken = set(active_slots(model, level))
-    return next((i for i in range(mlp.cfg.slots) if i not in taken), None)
-
-
 def activate(model: NestedLM, level: str, index: int, seed: int, spread: bool = False) -> List[str]:
     """Begin a slot anew in all MLPs of a level; the model computes what it did before, until the slot is trained.
 
@@ -247,7 +237,7 @@ def fold(model: NestedLM, level: str, tokens_BT: Optional[Tensor] = None) -> Fol
     E |g B A x - c B A x|^2 over the given tokens, c = E[g |B A x|^2] / E[|B A x|^2].
 
     Args:
-        tokens_BT: int64 tokens to measure gates and the change of the logits on.
+        tokens_BT: int64 tokens to measure gates and the divergence on.
 
     Raises:
         ValueError: there is a router and no tokens were given.
@@ -277,7 +267,7 @@ def fold(model: NestedLM, level: str, tokens_BT: Optional[Tensor] = None) -> Fol
     exact = torch.promote_types(before_BTV.dtype, torch.float32)
     log_before, log_after = (F.log_softmax(x.to(exact), dim=-1) for x in (before_BTV, after_BTV))
     divergence = F.kl_div(log_after, log_before, reduction="none", log_target=True).sum(-1).mean()
-    return FoldReport(gates, float(divergence), float((after_BTV - before_BTV).abs().max()))
+    return FoldReport(gates, float(divergence))
 
 
 def _constant_gates(model: NestedLM, updates: Dict[str, LowRank], tokens_BT: Tensor) -> Dict[str, float]:
@@ -298,16 +288,3 @@ def _constant_gates(model: NestedLM, updates: Dict[str, LowRank], tokens_BT: Ten
     for handle in handles:
         handle.remove()
     return {name: part / whole if whole else 0.0 for name, (part, whole) in sums.items()}
-
-
-def train_names(model: nn.Module, names: Iterable[str]) -> List[nn.Parameter]:
-    """Let gradients reach the named parameters and no other; returns them in model order."""
-    wanted = set(names)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in wanted)
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def has_slots(model: NestedLM) -> bool:
-    """Whether any MLP of a model has slots."""
-    return any(is_slot(name) for name, _ in model.named_parameters())

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, Dict, Mapping, Tuple
+from typing import Any, Dict, Mapping, Tuple, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -14,6 +14,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from nl_model.levelled import Levelled
+
+T = TypeVar("T")
 
 
 def write_durably(path: Path, payload: bytes) -> None:
@@ -50,6 +52,16 @@ def load_tensors(path: Path) -> Tuple[Dict[str, Tensor], Dict[str, Any]]:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         meta = json.loads((file.metadata() or {}).get("meta", "{}"))
     return tensors, meta
+
+
+def join(**kinds: Mapping[str, T]) -> Dict[str, T]:
+    """What lies in one file together, by `KIND/NAME`: a release is join(weight=..., offset=...)."""
+    return {f"{kind}/{name}": one for kind, named in kinds.items() for name, one in named.items()}
+
+
+def split(joined: Mapping[str, T], kind: str) -> Dict[str, T]:
+    """What `join` was given as this kind."""
+    return {name.removeprefix(f"{kind}/"): one for name, one in joined.items() if name.startswith(f"{kind}/")}
 
 
 def parameters_of(model: Levelled, owner: str) -> Dict[str, Tensor]:

@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List
 
 import pytest
-import torch
 
 from cluster.storage.releases import Release, Releases, shards_fingerprint, write_shard
 from nl_model.model import NestedLM
-from nl_model.weights import parameters_of, save_tensors
+from nl_model.weights import join, parameters_of, save_tensors
 from pipelines.config.load import load_config
 from pipelines.config.schema import Config
 from pipelines.data.module import DataModule, open_data
 from pipelines.experience import ExperienceStore, Record
 from pipelines.sleep.base import base_records, base_sequences
 from pipelines.sleep.plan import RoundPlan
+from pipelines.wake.writes import no_offset
 from tests.harness import ROOT
 
 RECENT = 128
@@ -100,11 +100,10 @@ def prepare(run_dir: Path) -> Bench:
         store.append(records(setting))
         snapshot = store.commit()
     model = NestedLM(cfg.model, cfg.levels, setting.tokenizer.vocab_size).reset_parameters(0)
-    weights = {f"weight/{name}": p.detach() for name, p in model.named_parameters()}
     fast = parameters_of(model, "learner")
-    offsets = {f"offset/{name}": torch.zeros_like(p) for name, p in fast.items()}
     releases = Releases(run_dir / "releases")
-    shard = write_shard(releases.prepare(0), 0, 1, {**weights, **offsets})
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    shard = write_shard(releases.prepare(0), 0, 1, join(weight=weights, offset=no_offset(model, cfg, weights)))
     releases.publish(Release(0, None, 0, 0, -1, 0, shards_fingerprint([shard]), [shard]))
     (run_dir / "checkpoints").mkdir()
     save_tensors(run_dir / "checkpoints" / "fast.safetensors", fast)

@@ -10,7 +10,8 @@ import ray
 import torch
 
 from cluster.actors.start import configure_torch
-from cluster.storage.releases import load_release, split
+from cluster.storage.releases import load_release
+from nl_model.weights import split
 from pipelines.config.schema import Config
 from pipelines.data.module import open_data
 from pipelines.machine.control import Budget, Row, Trial, control_config, run_control

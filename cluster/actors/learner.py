@@ -9,8 +9,8 @@ import ray
 from torch import Tensor
 
 from cluster.actors.start import configure_torch
-from cluster.storage.releases import Releases, load_release, split
-from nl_model.weights import load_tensors, save_tensors
+from cluster.storage.releases import Releases, load_release
+from nl_model.weights import load_tensors, save_tensors, split
 from pipelines.config.schema import Config
 from pipelines.data.module import open_data
 from pipelines.experience import Record, Snapshot

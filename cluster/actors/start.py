@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, List, Optional
+from typing import Any, Dict, List, Mapping, Optional
 
 import ray
 from ray.exceptions import GetTimeoutError
@@ -21,6 +21,13 @@ def start_actor(kind: type, *arguments: Any, control: bool = False, **options: A
     """
     groups = {"concurrency_groups": {"control": 1}} if control else {}
     return ray.remote(max_restarts=0, max_task_retries=0, **groups)(kind).options(**options).remote(*arguments)
+
+
+def whole_bundle(bundle: Mapping[str, float]) -> Dict[str, Any]:
+    """Options of an actor that takes all of a bundle of resources."""
+    own = {"CPU": "num_cpus", "GPU": "num_gpus"}
+    options: Dict[str, Any] = {option: bundle.get(name, 0.0) for name, option in own.items()}
+    return {**options, "resources": {name: amount for name, amount in bundle.items() if name not in own}}
 
 
 def results(references: List[Any], timeout: Optional[float] = None) -> List[Any]:

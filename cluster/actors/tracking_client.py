@@ -19,20 +19,20 @@ MAX_IN_FLIGHT = 200
 
 
 class TrackingClient:
-    """Sends what is to be tracked. A tracker that dies is started again; nobody waits for it but `finish`."""
+    """Sends what is to be tracked. A tracker that dies is started again; nobody waits for it but `finish`.
+
+    What comes while MAX_IN_FLIGHT calls are under way is left out.
+    """
 
     def __init__(self, arguments: Dict[str, Any], restarts: int) -> None:
         self.arguments, self.restarts = arguments, restarts
-        self.dropped = 0
         self.in_flight: List[Any] = []
         self.actor = start_actor(Tracker, arguments, num_cpus=0)
 
     def _send(self, method: str, *args: Any) -> None:
         self._reap()
-        if len(self.in_flight) >= MAX_IN_FLIGHT:
-            self.dropped += 1
-            return
-        self.in_flight.append(getattr(self.actor, method).remote(*args))
+        if len(self.in_flight) < MAX_IN_FLIGHT:
+            self.in_flight.append(getattr(self.actor, method).remote(*args))
 
     def _reap(self) -> None:
         done, self.in_flight = (
@@ -42,7 +42,6 @@ class TrackingClient:
             try:
                 ray.get(reference)
             except RayError as error:
-                self.dropped += 1
                 logger.warning("tracker: %s", describe(error))
                 if isinstance(error, ray.exceptions.ActorDiedError):
                     self._restart()

@@ -9,19 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
-import torch
 from torch import Tensor
 
 from cluster.pool.group import WorkerGroup
 from cluster.pool.rounds import RoundRunner
-from cluster.storage.releases import Release, Releases, load_release, shards_fingerprint, split, write_shard
+from cluster.storage.releases import Release, Releases, load_release, shards_fingerprint, write_shard
 from nl_model.model import NestedLM
-from nl_model.weights import load_into, sync
+from nl_model.weights import join, load_into, split, sync
 from pipelines.config.schema import Config
 from pipelines.data.module import DataModule
 from pipelines.data.stream import Sequence
 from pipelines.sleep.base import base_hash, base_sequences
-from pipelines.wake.writes import learner_writes
+from pipelines.wake.writes import no_offset
 
 CACHE = ".bases"
 LOCK = "lock"
@@ -114,7 +113,6 @@ def _from_checkpoint(cfg: Config, setting: DataModule, releases: Releases) -> No
 def _publish(cfg: Config, setting: DataModule, releases: Releases, weights: Dict[str, Tensor], origin: str) -> None:
     """Make weights release 0, with an offset of zero for all that the learner writes."""
     model = NestedLM(cfg.model, cfg.levels, setting.tokenizer.vocab_size)
-    tensors = {f"weight/{n}": t for n, t in weights.items()}
-    tensors.update({f"offset/{n}": torch.zeros_like(weights[n]) for n in learner_writes(model, cfg)})
+    tensors = join(weight=weights, offset=no_offset(model, cfg, weights))
     shard = write_shard(releases.prepare(0), 0, 1, tensors)
     releases.publish(Release(0, None, 0, 0, -1, 0, shards_fingerprint([shard]), [shard], {"from": origin}))

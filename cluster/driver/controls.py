@@ -9,7 +9,7 @@ import ray
 from ray.exceptions import RayError
 
 from cluster.actors.control_trainer import ControlTrainer
-from cluster.actors.start import results, start_actor
+from cluster.actors.start import results, start_actor, whole_bundle
 from cluster.driver.failures import RunFailed, describe
 from pipelines.config.schema import Config
 from pipelines.machine.control import Budget, Row, Trial, at_once, final_mean, next_trial
@@ -58,10 +58,7 @@ class ControlSearch:
 
     def _start(self) -> Any:
         """An actor in a place such as a rank of the pool has."""
-        gpu = self.cfg.compute.device == "cuda"
-        asked = self.cfg.ray.pool_bundle(gpu)
-        cpus, gpus = asked.pop("CPU"), asked.pop("GPU", 0.0)
-        options = {"num_cpus": cpus, "num_gpus": gpus, "resources": asked}
+        options = whole_bundle(self.cfg.ray.pool_bundle(self.cfg.compute.device == "cuda"))
         return start_actor(ControlTrainer, self.cfg, self.tokenizer_state, control=True, **options)
 
     def _work_off(self, actors: List[Any]) -> None:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List
 
 import ray
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.actors.start import results, start_actor
+from cluster.actors.start import results, start_actor, whole_bundle
 from cluster.driver.failures import cause_of, describe, is_users
 from cluster.pool.worker import ConsolidationWorker
 from pipelines.config.schema import Config
@@ -32,6 +32,8 @@ class WorkerGroup:
 
     def __init__(self, cfg: Config, run_dir: str, tokenizer_state: Dict[str, Any]) -> None:
         self.cfg, self.arguments = cfg, (cfg, run_dir, tokenizer_state)
+        self.bundle = cfg.ray.pool_bundle(cfg.compute.device == "cuda")
+        """What one rank takes."""
         self.workers: List[Any] = []
         self.group: PlacementGroup | None = None
         self.pids: List[int] = []
@@ -45,8 +47,7 @@ class WorkerGroup:
     def start(self, keep_waiting: Callable[[], bool] = lambda: True) -> None:
         """Place the ranks, order them by node and GPU, form the group. PoolError where that fails or takes too long."""
         cfg = self.cfg
-        bundle = cfg.ray.pool_bundle(cfg.compute.device == "cuda")
-        self.group = placement_group([bundle] * cfg.pool.ranks, strategy="PACK")
+        self.group = placement_group([self.bundle] * cfg.pool.ranks, strategy="PACK")
         try:
             self._wait_for_placement(keep_waiting)
             workers = [
@@ -54,9 +55,7 @@ class WorkerGroup:
                     ConsolidationWorker,
                     *self.arguments,
                     control=True,
-                    num_cpus=bundle["CPU"],
-                    num_gpus=bundle.get("GPU", 0),
-                    resources={name: n for name, n in bundle.items() if name not in ("CPU", "GPU")},
+                    **whole_bundle(self.bundle),
                     scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=i),
                 )
                 for i in range(cfg.pool.ranks)
@@ -84,9 +83,8 @@ class WorkerGroup:
             if not keep_waiting():
                 raise PoolError("stopped while waiting for the pool's place")
             if now - start > self.cfg.pool.start_timeout:
-                asked = self.cfg.ray.pool_bundle(self.cfg.compute.device == "cuda")
                 raise PoolError(
-                    f"no place for pool.ranks={self.cfg.pool.ranks} x {asked} within "
+                    f"no place for pool.ranks={self.cfg.pool.ranks} x {self.bundle} within "
                     f"pool.start_timeout={self.cfg.pool.start_timeout:.0f} s; the cluster has "
                     f"{ray.cluster_resources()}, free are {ray.available_resources()}"
                 )
@@ -113,10 +111,6 @@ class WorkerGroup:
             if is_users(error):  # bad data stays bad, a full disk full: no use in trying again
                 raise cause_of(error) from None
             raise PoolError(f"a rank of the consolidation pool failed: {describe(error)}") from error
-
-    def progress(self) -> Tuple[int, int, float]:
-        """(steps done, steps planned, last loss) of rank 0."""
-        return ray.get(self.workers[0].progress.remote(), timeout=self.cfg.failures.call_timeout)
 
     def kill(self) -> None:
         """End all ranks at once and give their place back."""

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from cluster.actors.start import configure_torch
 from cluster.pool.evidence import candidate_identity
-from cluster.storage.releases import Shard, inspect_shard, load_release, read_release, split, write_shard
+from cluster.storage.releases import Shard, inspect_shard, load_release, read_release, write_shard
 from cluster.storage.training_state import RoundStates, read_state
 from nl_model.flops import forward_flops, full_step_flops
 from nl_model.model import NestedLM, resolve_device
-from nl_model.weights import load_into, load_tensors
+from nl_model.weights import join, load_into, load_tensors, split
 from pipelines.config.schema import Config
 from pipelines.data.module import open_data
 from pipelines.experience import Snapshot
@@ -31,7 +31,7 @@ from pipelines.sleep.judged import judge_candidate
 from pipelines.sleep.plan import RoundPlan
 from pipelines.sleep.round import Pinned, run_round
 from pipelines.sleep.training import Place, Progress, train
-from pipelines.wake.writes import learner_writes
+from pipelines.wake.writes import no_offset
 
 if TYPE_CHECKING:
     from cluster.pool.host import RankHost
@@ -139,8 +139,7 @@ class ConsolidationWorker:
         )
         optimizer_bytes, weights = engine.optimizer_bytes(), dict(engine.weights())
         engine.close()
-        tensors = {f"weight/{n}": t for n, t in weights.items()}
-        tensors.update({f"offset/{n}": torch.zeros_like(weights[n]) for n in learner_writes(model, cfg)})
+        tensors = join(weight=weights, offset=no_offset(model, cfg, weights))
         shard = write_shard(Path(directory), self.rank, self.world, self._share(tensors))
         host.finish()
         return RankResult(
@@ -170,8 +169,7 @@ class ConsolidationWorker:
         pinned = Pinned(plan, self._snapshot(plan.snapshot), weights, offset, unshifted, left)
         host = self._host(Path(directory))
         found = run_round(pinned, host, host.keep)
-        tensors = {f"weight/{n}": t for n, t in found.weights.items()}
-        tensors.update({f"offset/{n}": t for n, t in found.offset.items()})
+        tensors = join(weight=found.weights, offset=found.offset)
         identity = candidate_identity(plan, read_release(Path(anchor_dir)).fingerprint)
         shard = write_shard(Path(directory), self.rank, self.world, self._share(tensors), identity)
         verdict = judge_candidate(self.judge, found, plan.anchor, seen[self.rank :: self.world], host)

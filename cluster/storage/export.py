@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Tuple
 
-from cluster.storage.releases import Releases, load_release, split
+from cluster.storage.releases import Releases, load_release
 from nl_model.model import NestedLM
-from nl_model.weights import load_into, write_durably
+from nl_model.weights import load_into, split, write_durably
 from pipelines.config.load import load_config
 from pipelines.data.module import open_data
 from pipelines.data.tokens import Tokenizer, build_tokenizer, tokenizer_from_state

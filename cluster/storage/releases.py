@@ -141,11 +141,6 @@ def load_release(directory: Path, names: Optional[Sequence[str]] = None) -> Dict
     return tensors
 
 
-def split(tensors: Mapping[str, Tensor], prefix: str) -> Dict[str, Tensor]:
-    """The tensors below a prefix (`weight`, `offset`), without it."""
-    return {n.removeprefix(f"{prefix}/"): t for n, t in tensors.items() if n.startswith(f"{prefix}/")}
-
-
 def write_shard(directory: Path, rank: int, world: int, tensors: Mapping[str, Tensor], candidate: str = "") -> Shard:
     """Write one rank's shard of a candidate; `candidate` is the identity that its shards share."""
     file = f"shard-{rank:05d}-of-{world:05d}.safetensors"

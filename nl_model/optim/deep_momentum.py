@@ -15,7 +15,7 @@ from nl_model.config import OptimizerConfig
 from nl_model.optim.delta_momentum import delta_write_
 from nl_model.optim.matrix import MatrixOptimizer, kept
 from nl_model.optim.muon import newton_schulz, shape_scale
-from nl_model.optim.registry import lookup_tables, register
+from nl_model.optim.registry import matrix_settings, register
 
 
 def recall(outer_II: Tensor, inner_II: Tensor, key_OI: Tensor) -> Tensor:
@@ -106,16 +106,10 @@ def build(parameters: List[Parameter], cfg: OptimizerConfig, model: Optional[nn.
     """Deep momentum as a level configures it; beta1 is the decay of the memory."""
     return DeepMomentum(
         parameters,
-        lr=cfg.lr,
         momentum=cfg.beta1,
         memory=cfg.memory,
         objective=cfg.objective,
         output=cfg.output,
         erase=cfg.erase,
-        ns_steps=cfg.ns_steps,
-        weight_decay=cfg.weight_decay,
-        others=lookup_tables(model),
-        betas=(cfg.beta1, cfg.beta2),
-        eps=cfg.eps,
-        adamw_scale=cfg.adamw_scale,
+        **matrix_settings(cfg, model),
     )

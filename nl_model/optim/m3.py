@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from nl_model.config import OptimizerConfig
 from nl_model.optim.matrix import MatrixOptimizer, kept
 from nl_model.optim.muon import newton_schulz, shape_scale
-from nl_model.optim.registry import lookup_tables, register
+from nl_model.optim.registry import matrix_settings, register
 
 
 class M3(MatrixOptimizer):
@@ -84,15 +84,9 @@ def build(parameters: List[Parameter], cfg: OptimizerConfig, model: Optional[nn.
     """M3 as a level configures it."""
     return M3(
         parameters,
-        lr=cfg.lr,
-        betas=(cfg.beta1, cfg.beta2),
         beta3=cfg.beta3,
         slow_period=cfg.slow_period,
         slow_weight=cfg.slow_weight,
         literal=cfg.literal,
-        ns_steps=cfg.ns_steps,
-        weight_decay=cfg.weight_decay,
-        others=lookup_tables(model),
-        eps=cfg.eps,
-        adamw_scale=cfg.adamw_scale,
+        **matrix_settings(cfg, model),
     )

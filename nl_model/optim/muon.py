@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from nl_model.config import OptimizerConfig
 from nl_model.optim.matrix import MatrixOptimizer, kept
-from nl_model.optim.registry import lookup_tables, register
+from nl_model.optim.registry import matrix_settings, register
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """Odd polynomial that drives singular values in (0, 1] to about 1, fast rather than exactly."""
@@ -92,18 +92,7 @@ class Muon(MatrixOptimizer):
     @classmethod
     def configured(cls, parameters: List[Parameter], cfg: OptimizerConfig, model: Optional[nn.Module]) -> Self:
         """As a level configures it; beta1 is the momentum."""
-        return cls(
-            parameters,
-            lr=cfg.lr,
-            momentum=cfg.beta1,
-            nesterov=cfg.nesterov,
-            ns_steps=cfg.ns_steps,
-            weight_decay=cfg.weight_decay,
-            others=lookup_tables(model),
-            betas=(cfg.beta1, cfg.beta2),
-            eps=cfg.eps,
-            adamw_scale=cfg.adamw_scale,
-        )
+        return cls(parameters, momentum=cfg.beta1, nesterov=cfg.nesterov, **matrix_settings(cfg, model))
 
 
 @register("muon")

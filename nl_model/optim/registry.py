@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, Dict, Iterable, List, Optional
+from typing import Any, Callable, Dict, Iterable, List, Optional
 
 import torch
 from torch import nn
@@ -50,3 +50,16 @@ def lookup_tables(model: Optional[nn.Module]) -> List[Parameter]:
         if is_head or isinstance(module, nn.Embedding):
             found += list(module.parameters(recurse=False))
     return found
+
+
+def matrix_settings(cfg: OptimizerConfig, model: Optional[nn.Module]) -> Dict[str, Any]:
+    """What a level's configuration says to every optimizer of whole matrices: muon, deep_momentum, m3."""
+    return {
+        "lr": cfg.lr,
+        "ns_steps": cfg.ns_steps,
+        "weight_decay": cfg.weight_decay,
+        "others": lookup_tables(model),
+        "betas": (cfg.beta1, cfg.beta2),
+        "eps": cfg.eps,
+        "adamw_scale": cfg.adamw_scale,
+    }

@@ -25,7 +25,6 @@ from pipelines.experience.memory import MemoryStore
 from pipelines.gate.judge import Judge
 from pipelines.gate.probe import score
 from pipelines.machine.local import LocalParts
-from pipelines.machine.rules import Rules
 from pipelines.machine.simulated import Simulation, Speeds
 from pipelines.sleep.base import base_records
 from pipelines.sleep.joint import train_jointly
@@ -88,13 +87,12 @@ def _simulated(trial: Trial, base: Dict[str, Tensor]) -> Dict[str, Any]:
         cfg = replace(cfg, run=replace(cfg.run, deterministic=False))
     setting, journal = trial.data.of(cfg), Journal()
     parts = LocalParts(setting.cfg, setting, base, hook)
-    rules = Rules.of(setting.cfg, tuple(setting.sources), tuple(setting.base_sources), wake_flops(cfg, vocab, costs))
-    run = Simulation(rules, parts, speeds(cfg, vocab, costs, trial.clock), note=journal.note)
+    run = Simulation(parts.rules, parts, speeds(cfg, vocab, costs, trial.clock), note=journal.note)
     state = run.finish()
     awake, asleep = sum(step["flops"] for step in journal.steps), sum(r.flops for r in state.rounds)
     return {
         **read_looks(journal.looks),
-        **read_rows(state, setting.sources, rules.step_tokens),
+        **read_rows(state, setting.sources, run.rules.step_tokens),
         "online_bpb": read_online(journal.steps, "bpb"),
         "recalled_bpb": read_online(journal.steps, "recalled"),
         "curve": curve(journal.steps),

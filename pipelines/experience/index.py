@@ -56,8 +56,6 @@ class RowIndex:
         """Row of streamed key k at place k."""
         self.base = Column(np.int64)
         """Row of base key -1 - p at place p."""
-        self.dreams = Column(np.int64)
-        """Rows of dreams, by key."""
         self.source_ids = Column(np.int32)
         self.surprise = Column(np.float32)
         self.kinds = Column(np.uint8)
@@ -107,9 +105,8 @@ class RowIndex:
 
     def _add(self, extent: Extent) -> None:
         start = self.keys.size
-        rows = np.arange(start, start + extent.rows)
-        dreamt = extent.min_key >= DREAM_KEY
-        (self.base if extent.min_key < 0 else self.dreams if dreamt else self.streamed).extend(rows)
+        if extent.min_key < DREAM_KEY:  # nobody looks for dreams by their place
+            (self.base if extent.min_key < 0 else self.streamed).extend(np.arange(start, start + extent.rows))
         self.keys.extend(extent.keys())
         self._starts.extend(np.array([start]))
         self._tokens.append(None)

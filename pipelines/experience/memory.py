@@ -121,8 +121,3 @@ class MemorySnapshot:
         streamed = [self._store.row_of(key) for key in range(max(0, first_key), last_key + 1)]
         found = [row for row in (*base, *streamed) if row is not None and row < self._size]
         return np.array(found, np.int64)
-
-    def dream_rows(self, before: int) -> npt.NDArray[np.int64]:
-        """Rows of the dreams whose keys lie below `before`, by key."""
-        rows = np.flatnonzero((self.keys >= DREAM_KEY) & (self.keys < before))
-        return rows[np.argsort(self.keys[rows])]

@@ -1,4 +1,4 @@
-"""Replay: which older experience is held, how much there was, and draws from it. A function of keys, seed and step.
+"""Replay: which older experience is held, and draws from it. A function of keys, seed and step.
 
 What a store of bounded size holds is a bottom-k sample: every experience has a number made of the seed and its key, and
 the k smallest are held (Cohen, 1997: a reservoir whose content does not depend on the order of arrival). So any process
@@ -60,9 +60,6 @@ class Experience(Protocol):
     def rows_between(self, first_key: int, last_key: int) -> npt.NDArray[np.int64]:
         """Rows whose keys lie in [first_key, last_key]: base mixture first, then the stream; never dreams."""
 
-    def dream_rows(self, before: int) -> npt.NDArray[np.int64]:
-        """Rows of the dreams whose keys lie below `before`, by key."""
-
 
 def usable(experience: Experience) -> npt.NDArray[np.bool_]:
     """Rows that may be trained on: neither quarantined nor dreamt."""
@@ -91,14 +88,12 @@ class Replay:
 
     Args:
         experience: a version of the store.
-        rows: older rows, ascending, shape (seen,).
+        rows: older rows, ascending.
         cfg: sampler, balance and bound of what is replayed.
         seed: of what is held. Draws have seeds of their own.
     """
 
     def __init__(self, experience: Experience, rows: Rows, cfg: SleepConfig, seed: int) -> None:
-        self.seen = len(rows)
-        """Experiences that replay would hold if it could."""
         most = cfg.replay_bytes // max(1, experience.context) if cfg.replay_bytes else len(rows)
         self.held = held_rows(rows, experience.keys, most, seed)
         """Rows that it holds, shape (N,)."""
@@ -106,11 +101,6 @@ class Replay:
         if len(self.held):
             settings = {"half_life": cfg.half_life, "surprise_cap": cfg.surprise_cap, "source_cap": cfg.source_cap}
             self.sampler = build_sampler(cfg.sampler, experience, self.held, balance=cfg.balance, **settings)
-
-    @property
-    def scarcity(self) -> float:
-        """Share of all older experience that is not held any more."""
-        return 1.0 - len(self.held) / self.seen if self.seen else 0.0
 
     def draw(self, n: int, seed: int, step: int) -> Rows:
         """`n` rows, with replacement: a function of (seed, step) and what is held. None where nothing is."""

@@ -118,11 +118,6 @@ class Snapshot:
         streamed = self._index.streamed.view(self.last_key + 1)[max(0, first_key) : max(0, last_key + 1)]
         return np.concatenate([base, streamed])
 
-    def dream_rows(self, before: int) -> npt.NDArray[np.int64]:
-        """Rows of the dreams whose keys lie below `before`, shape (n,), by key."""
-        rows = self._index.dreams.view(self._entry.dreams)
-        return rows[: int(np.searchsorted(self.keys[rows], before))]
-
     def tokens(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """Tokens of `rows`, shape (n, context + 1), in the store's dtype, copied out of the memory map.
 

@@ -9,7 +9,7 @@ from typing import Dict, Iterable, List, Mapping, Protocol, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from nl_model.weights import tensor_digest
+from nl_model.weights import join, split, tensor_digest
 from pipelines.gate.probe import Score
 
 
@@ -118,5 +118,6 @@ class Evidence:
 def weights_fingerprint(digests: Mapping[str, str]) -> str:
     """One hash over the digests of a release's tensors by name, however they are sharded. Only `weight/` counts: two
     releases with the same weights compute the same, whatever the learner's offsets are."""
-    lines: Iterable[str] = (f"{name} {digests[name]}\n" for name in sorted(digests) if name.startswith("weight/"))
+    weights = join(weight=split(digests, "weight"))
+    lines: Iterable[str] = (f"{name} {weights[name]}\n" for name in sorted(weights))
     return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -78,9 +78,7 @@ def split_probe(probe: Probe, most: int) -> Tuple[Probe, Probe]:
     rows = len(probe.tokens)
     if rows < 2:
         return probe, probe
-    count = min(most, rows // 2)
-    chosen = np.zeros(rows, bool)
-    chosen[(2 * np.arange(count) + 1) * rows // (2 * count)] = True
+    chosen = _spread(rows, min(most, rows // 2))
     return _rows_of(probe, ~chosen), _rows_of(probe, chosen)
 
 
@@ -89,9 +87,14 @@ def thinned(probe: Probe, most: int) -> Probe:
     rows = len(probe.tokens)
     if not most or rows <= most:
         return probe
+    return _rows_of(probe, _spread(rows, most))
+
+
+def _spread(rows: int, count: int) -> np.ndarray:
+    """Mask (rows,) of `count` of them, spread evenly."""
     chosen = np.zeros(rows, bool)
-    chosen[(2 * np.arange(most) + 1) * rows // (2 * most)] = True
-    return _rows_of(probe, chosen)
+    chosen[(2 * np.arange(count) + 1) * rows // (2 * count)] = True
+    return chosen
 
 
 def _rows_of(probe: Probe, chosen: np.ndarray) -> Probe:

@@ -22,11 +22,11 @@ from pipelines.config.schema import Config
 from pipelines.data.module import DataModule
 from pipelines.gate.judge import Judge
 from pipelines.machine.local import LocalParts
-from pipelines.machine.rules import Rules, least_rest
-from pipelines.machine.simulated import Simulation, Speeds
+from pipelines.machine.rules import least_rest
+from pipelines.machine.simulated import Simulation
 from pipelines.machine.state import RunState
 from pipelines.sleep.round import Weights
-from pipelines.wake.writes import wake_flops, with_budget
+from pipelines.wake.writes import with_budget
 
 Row = Dict[str, Any]
 """release, tokens and bpb by source, as `pipelines.gate.probe.Row` takes them."""
@@ -181,15 +181,13 @@ def run_control(
     setting = replace(setting, cfg=cfg)
     torch.manual_seed(cfg.run.seed)
     parts = LocalParts(cfg, setting, base)
-    awake = wake_flops(cfg, setting.tokenizer.vocab_size)
-    rules = Rules.of(cfg, tuple(setting.sources), tuple(setting.base_sources), awake)
 
     def note(kind: str, fields: Dict[str, Any]) -> None:
         if kind in ("matrix_row", "gate"):
             on_rows(served_rows(run.machine.state, cfg))
             _forget(parts)
 
-    run = Simulation(rules, parts, Speeds(), note=note)
+    run = Simulation(parts.rules, parts, note=note)
     state = run.finish()
     return served_rows(state, cfg), state.flops["wake"] + state.flops["sleep"]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from nl_model.config import OptimizerConfig
 from nl_model.flops import forward_flops
 from nl_model.model import NestedLM, resolve_device
-from nl_model.weights import load_into, tensor_digest
+from nl_model.weights import join, load_into, tensor_digest
 from pipelines.config.schema import Config
 from pipelines.data.module import DataModule
 from pipelines.dreams.dream import dream, to_records
@@ -34,6 +34,7 @@ from pipelines.gate.probe import score
 from pipelines.machine import actions as do
 from pipelines.machine import events as on
 from pipelines.machine.records import ReleaseFact, RoundRecord
+from pipelines.machine.rules import Rules
 from pipelines.sleep.base import Pretraining, TrueTokens, base_records, base_sequences
 from pipelines.sleep.engine import Engine, HeldState, LocalEngine, TrainingState
 from pipelines.sleep.guides import StoredGuides, write_guides
@@ -41,10 +42,10 @@ from pipelines.sleep.judged import judge_candidate
 from pipelines.sleep.plan import RoundPlan
 from pipelines.sleep.round import Candidate, DreamShare, Pinned, Resume, Task, Weights, run_round
 from pipelines.sleep.training import ALONE, Place, Progress, train
-from pipelines.wake.hooks import Hook
+from pipelines.wake.hooks import Hook, HookCosts
 from pipelines.wake.learner import Checkpoint, Learner
 from pipelines.wake.report import LearnerReport
-from pipelines.wake.writes import learner_writes
+from pipelines.wake.writes import no_offset, wake_flops
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,13 @@ class LocalParts:
         self.sequences = base_sequences(self.data.corpus, self.data.tokenizer, self.cfg, self.data.base_sources)
         self.learner: Optional[Learner] = None
 
+    @property
+    def rules(self) -> Rules:
+        """What the machine that drives these parts knows of the configuration."""
+        cfg, data, vocab = self.cfg, self.data, self.data.tokenizer.vocab_size
+        costs = self.hook.costs(cfg, vocab) if self.hook is not None else HookCosts()
+        return Rules.of(cfg, tuple(data.sources), tuple(data.base_sources), wake_flops(cfg, vocab, costs))
+
     # Release 0 and the store.
 
     def newest(self) -> Optional[ReleaseFact]:
@@ -205,8 +213,7 @@ class LocalParts:
         if 0 not in self.releases:
             model = self.host.build_model()
             weights = self.base if self.base is not None else pretrain(self.cfg, self.host, self.sequences)
-            offset = {name: torch.zeros_like(weights[name]) for name in learner_writes(model, self.cfg)}
-            self.releases[0] = HeldRelease(weights, offset, ReleaseFact(0, -1, 0))
+            self.releases[0] = HeldRelease(weights, no_offset(model, self.cfg, weights), ReleaseFact(0, -1, 0))
         return len(self.sequences), 0.0
 
     def score_base(self) -> Dict[str, float]:
@@ -331,7 +338,7 @@ def pretrain(cfg: Config, host: LocalHost, sequences: Sequence[Any]) -> Weights:
 
 
 def _fingerprint(weights: Weights) -> str:
-    return weights_fingerprint({f"weight/{name}": tensor_digest(tensor) for name, tensor in weights.items()})
+    return weights_fingerprint(join(weight={name: tensor_digest(tensor) for name, tensor in weights.items()}))
 
 
 @dataclass(frozen=True)
@@ -343,8 +350,7 @@ class _Claim:
 
 def _storage(found: Candidate, releases: Dict[int, Weights]) -> Storage:
     """A candidate in memory as the gate sees one on disk: whole, and compared with the releases before it."""
-    tensors = {f"weight/{n}": t for n, t in found.weights.items()}
-    tensors.update({f"offset/{n}": t for n, t in found.offset.items()})
+    tensors = join(weight=found.weights, offset=found.offset)
     facts = {name: TensorFacts.of(tensor) for name, tensor in tensors.items()}
     wanted = {name: TensorFacts(fact.shape, fact.dtype) for name, fact in facts.items()}
     newest = max(releases)

@@ -20,6 +20,7 @@ from nl_model.model import NestedLM
 from nl_model.optim.moments import blank_state, counters_of, moments_in
 from nl_model.optim.registry import build_optimizer
 from nl_model.optim.write import write_gradients
+from nl_model.weights import split
 
 
 class TrainingState(Protocol):
@@ -98,7 +99,7 @@ class HeldState:
 
     def weights(self) -> Dict[str, Tensor]:
         """All weights by parameter name."""
-        return {n.removeprefix("weight/"): t for n, t in self.tensors.items() if n.startswith("weight/")}
+        return split(self.tensors, "weight")
 
 
 class LocalEngine:

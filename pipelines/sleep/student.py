@@ -86,7 +86,7 @@ def folded(
     """
     expand(model, expansion.receivers, cfg, seed)
     load_into(model, trained)
-    worst = FoldReport({}, 0.0, 0.0)
+    worst = FoldReport({}, 0.0)
     for receiver in (r for r in expansion.receivers if slotted(model, r)):
         report = fold(model, receiver, tokens_BT)
         worst = max(worst, report, key=lambda r: r.divergence or 0.0)

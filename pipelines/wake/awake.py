@@ -20,7 +20,7 @@ from nl_model.losses import token_nll
 from nl_model.model import NestedLM, autocast
 from nl_model.online import OnlineLevels
 from nl_model.recall import Recall
-from nl_model.weights import load_into
+from nl_model.weights import join, load_into, split
 from pipelines.config.schema import Config
 from pipelines.data.stream import Sequence as StreamSequence
 from pipelines.experience import Record
@@ -188,8 +188,7 @@ class Awake:
 
     def state(self) -> Tuple[Dict[str, Tensor], Dict[str, int]]:
         """Everything but what rests: (tensors, counters). Exact to the bit, also in the middle of a period."""
-        tensors = {f"weight/{n}": t for n, t in held_parameters(self.model, self.cfg).items()}
-        tensors.update({f"offset/{n}": t for n, t in self.offset.items()})
+        tensors = join(weight=held_parameters(self.model, self.cfg), offset=self.offset)
         if self.training is not None:
             tensors.update(self.training.state())
         elif self.levels is not None:
@@ -202,9 +201,10 @@ class Awake:
 
     def load_state(self, tensors: Dict[str, Tensor], counters: Dict[str, int]) -> None:
         """Take over what `state` returned; the weights of its release must be loaded already."""
-        load_into(self.model, {k.removeprefix("weight/"): t for k, t in tensors.items() if k.startswith("weight/")})
+        load_into(self.model, split(tensors, "weight"))
+        offset = split(tensors, "offset")
         for name in self.offset:
-            self.offset[name] = tensors[f"offset/{name}"].to(self.device)
+            self.offset[name] = offset[name].to(self.device)
         if self.training is not None:
             self.training.load_state(tensors)
         elif self.levels is not None:

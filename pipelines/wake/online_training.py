@@ -9,7 +9,7 @@ Shapes: B new sequences, S stored tokens, T = S - 1 predicted ones, N sequences 
 from __future__ import annotations
 
 import math
-from typing import Callable, Dict, List, Mapping, Optional, Tuple
+from typing import Callable, Dict, Mapping, Optional, Tuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from nl_model.flops import forward_flops, full_step_flops, write_flops
 from nl_model.losses import token_nll
 from nl_model.model import NestedLM, autocast
+from nl_model.weights import split
 from pipelines.config.schema import Config
 from pipelines.experience.replay import Experience, Replay, usable
 from pipelines.sleep.average import WeightAverage
@@ -174,16 +175,11 @@ class OnlineTraining:
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `state` returned."""
-
-        def below(kind: str) -> Dict[str, Tensor]:
-            start = f"{PREFIX}{kind}/"
-            return {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
-
-        held = HeldState(below("moment"), {name: float(t) for name, t in below("counter").items()})
-        self.engine.load_moments(held)
+        counters = {name: float(t) for name, t in split(tensors, f"{PREFIX}counter").items()}
+        self.engine.load_moments(HeldState(split(tensors, f"{PREFIX}moment"), counters))
         if self.average is not None:
-            self.average.weights = {name: t.clone() for name, t in below("average").items()}
-        self.hook.load_state(below("hook"))
+            self.average.weights = {name: t.clone() for name, t in split(tensors, f"{PREFIX}average").items()}
+        self.hook.load_state(split(tensors, f"{PREFIX}hook"))
         steps, self.trained, self.fresh, self.owed = tensors[f"{PREFIX}due"].tolist()
         self.steps = int(steps)
 
@@ -198,6 +194,12 @@ def _reordered(note: Note, order: Tensor) -> Note:
     return told
 
 
+def _read(forward: Callable[[Tensor], Tensor], tokens_BS: Tensor) -> Tuple[Tensor, Tensor]:
+    """Logits (B, T, V), and the loss of the same tokens (B, T)."""
+    logits_BTV = forward(tokens_BS[:, :-1])
+    return logits_BTV, token_nll(logits_BTV, tokens_BS[:, 1:])
+
+
 class _Hooked:
     """The objective of text that was scored before: the loss of its tokens, and what the hook makes of it."""
 
@@ -206,10 +208,9 @@ class _Hooked:
 
     def loss(self, step: int, forward: Callable[[Tensor], Tensor], batch: Batch) -> Tuple[Tensor, Dict[str, Tensor]]:
         """Mean loss in nats per token."""
-        return self._of(forward(batch.tokens_BS[:, :-1]), batch), {}
+        return self._of(*_read(forward, batch.tokens_BS), batch), {}
 
-    def _of(self, logits_BTV: Tensor, batch: Batch) -> Tensor:
-        nll_BT = token_nll(logits_BTV, batch.tokens_BS[:, 1:])
+    def _of(self, logits_BTV: Tensor, nll_BT: Tensor, batch: Batch) -> Tensor:
         loss, penalty = self.hook.loss(nll_BT, logits_BTV, batch).mean(), self.hook.penalty()
         return loss if penalty is None else loss + penalty
 
@@ -224,34 +225,34 @@ class _Reading(_Hooked):
 
     def loss(self, step: int, forward: Callable[[Tensor], Tensor], batch: Batch) -> Tuple[Tensor, Dict[str, Tensor]]:
         """Mean loss in nats per token of what is finite; new text is told of before."""
-        taken, logits_BTV = self.taken, forward(batch.tokens_BS[:, :-1])
-        finite_B = self._tell(logits_BTV[:taken].detach())
+        taken, (logits_BTV, nll_BT) = self.taken, _read(forward, batch.tokens_BS)
+        finite_B = self._tell((logits_BTV[:taken].detach(), nll_BT[:taken].detach()))
         sound_B = torch.ones(len(batch.tokens_BS), dtype=torch.bool)
         sound_B[:taken] = finite_B[:taken]
         if sound_B.all():
-            return self._of(logits_BTV, batch), {}
+            return self._of(logits_BTV, nll_BT, batch), {}
         # A zero gradient into a row that is not finite comes out of its backward pass as NaN for everyone.
         mask_B = sound_B.to(batch.tokens_BS.device)
         kept = Batch(batch.tokens_BS[mask_B], batch.recent_B[mask_B], batch.keys_B[sound_B.numpy()])
         if not len(kept.tokens_BS):
             nothing: Tensor = 0.0 * sum(p.sum() for p in self.model.parameters() if p.requires_grad)  # type: ignore[assignment]
             return nothing, {}
-        return self._of(forward(kept.tokens_BS[:, :-1]), kept), {}
+        return self._of(*_read(forward, kept.tokens_BS), kept), {}
 
     def read_only(self) -> None:
         """Score all new text without training on any."""
-        self._tell(None)
+        self._tell()
 
-    def _tell(self, logits_BTV: Optional[Tensor]) -> Tensor:
-        """Tell of the loss of all new text, of which the first `taken` sequences have logits already."""
-        rest_BS = self.news.tokens_BS[self.taken :] if logits_BTV is not None else self.news.tokens_BS
-        logits: List[Tensor] = [] if logits_BTV is None else [logits_BTV]
+    def _tell(self, *read: Tuple[Tensor, Tensor]) -> Tensor:
+        """Tell of the loss of all new text, of which the first `taken` sequences have logits and loss already."""
+        rest_BS = self.news.tokens_BS[self.taken :] if read else self.news.tokens_BS
         if len(rest_BS):
             with torch.no_grad(), autocast(rest_BS.device, self.precision):
-                logits.append(self.model(rest_BS[:, :-1]))
-        all_BTV = logits[0] if len(logits) == 1 else torch.cat(logits)  # logits are large: no copy where none is left
-        self.hook.scored(self.news, all_BTV)
-        return self.note(all_BTV, token_nll(all_BTV, self.news.tokens_BS[:, 1:]))
+                read = (*read, _read(self.model, rest_BS))
+        # Logits are large: no copy where none is left.
+        logits_BTV, nll_BT = (one[0] if len(one) == 1 else torch.cat(one) for one in zip(*read, strict=True))
+        self.hook.scored(self.news, logits_BTV)
+        return self.note(logits_BTV, nll_BT)
 
 
 class _WhenDurable:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Dict, List
+from typing import Dict, List, Mapping
 
+import torch
 from torch import Tensor
 
 from nl_model.flops import forward_flops, full_step_flops, wake_step_flops, write_flops
@@ -30,6 +31,11 @@ def held_parameters(model: Levelled, cfg: Config) -> Dict[str, Tensor]:
     """Copies of these parameters by name."""
     state = dict(model.named_parameters())
     return {name: state[name].detach().clone() for name in learner_writes(model, cfg)}
+
+
+def no_offset(model: Levelled, cfg: Config, weights: Mapping[str, Tensor]) -> Dict[str, Tensor]:
+    """Offsets of a release that no round made: zero for each of them."""
+    return {name: torch.zeros_like(weights[name]) for name in learner_writes(model, cfg)}
 
 
 def wake_flops(cfg: Config, vocab_size: int, costs: HookCosts = NOTHING) -> float:

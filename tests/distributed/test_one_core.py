@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster.storage.releases import Releases, load_release, split
+from cluster.storage.releases import Releases, load_release
+from nl_model.weights import split
 from pipelines.config.load import load_config
 from pipelines.config.schema import Config
 from pipelines.data.module import open_data
 from pipelines.machine.local import LocalParts
 from pipelines.machine.records import RoundRecord
-from pipelines.machine.rules import Rules
 from pipelines.machine.simulated import Simulation
 from pipelines.machine.state import RunState
-from pipelines.wake.writes import wake_flops, with_budget
+from pipelines.wake.writes import with_budget
 from tests.harness import Run
 
 pytestmark = pytest.mark.timeout(600)
@@ -34,14 +34,12 @@ def simulate(cfg: Config, base: Dict[str, Tensor] | None = None) -> Tuple[RunSta
     data = open_data(cfg)
     cfg = with_budget(cfg, data.tokenizer.vocab_size)
     parts, looks = LocalParts(cfg, data, base), []
-    awake = wake_flops(cfg, data.tokenizer.vocab_size)
-    rules = Rules.of(cfg, tuple(data.sources), tuple(data.base_sources), awake)
 
     def note(kind: str, fields: Dict[str, Any]) -> None:
         if kind == "look":
             looks.append(fields)
 
-    end = Simulation(rules, parts, note=note)
+    end = Simulation(parts.rules, parts, note=note)
     print(end.attempt())
     return end.saved, parts, looks
 

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 
+from cluster.actors.start import results
 from cluster.pool.group import PoolError, WorkerGroup
 from cluster.pool.rounds import Outcome, RoundRunner
 from cluster.storage.releases import Releases, shards_fingerprint
@@ -121,7 +122,7 @@ def test_a_round_is_repeated_after_a_kill_and_gives_the_same_candidate(
     try:
         future = attempt()
         pids = wait_for(lambda: runner.group.backend and list(runner.group.pids), 120)
-        wait_for(lambda: runner.group.progress()[0] > 0, 60)
+        wait_for(lambda: results(runner.group.async_call("progress"), 60)[0][0] > 0, 60)
         first, start = [psutil.Process(pid) for pid in pids], time.monotonic()
         assert len(set(pids)) == 2
         os.kill(pids[0], signal.SIGKILL)

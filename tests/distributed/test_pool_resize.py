@@ -19,7 +19,7 @@ from cluster.pool.worker import TRAINER
 from cluster.storage.releases import Release, Releases, shards_fingerprint
 from cluster.storage.training_state import MARKER
 from nl_model.config import OptimizerConfig
-from nl_model.weights import load_tensors
+from nl_model.weights import load_tensors, split
 from pipelines.sleep.plan import RoundPlan
 from tests.pool import Bench, own_cluster, prepare, wait_for
 
@@ -44,7 +44,7 @@ class Made:
         found: Tensors = {}
         for rank in self.ranks:
             found.update(load_tensors(self.directory / rank.shard.file)[0])
-        return {n.removeprefix("weight/"): t for n, t in found.items() if n.startswith("weight/")}
+        return split(found, "weight")
 
 
 class Pool:

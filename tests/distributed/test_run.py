@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.storage.releases import Releases, load_release, read_release, split
+from cluster.storage.releases import Releases, load_release, read_release
 from nl_model.model import NestedLM
-from nl_model.weights import load_into
+from nl_model.weights import load_into, split
 from pipelines.config.load import load_config
 from pipelines.data.module import open_data
 from pipelines.experience import Snapshot

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from cluster.storage.releases import Release, Releases, shards_fingerprint, write_shard
 from nl_model.model import NestedLM
-from nl_model.weights import load_tensors, parameters_of, save_tensors
+from nl_model.weights import join, load_tensors, parameters_of, save_tensors
 from pipelines.config.load import load_config
 from pipelines.data.module import open_data
 from pipelines.data.stream import Sequence as StreamSequence
 from pipelines.experience import ExperienceStore, Record
 from pipelines.sleep.plan import RoundPlan
+from pipelines.wake.writes import no_offset
 
 RANK, STEPS, ROWS = 3, 6, 64
 MERGED = 0.25
@@ -64,8 +65,8 @@ def prepare(run_dir: Path) -> RoundPlan:
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     fast = parameters_of(model, "learner")
-    tensors = {f"weight/{name}": p.detach() for name, p in model.named_parameters()}
-    tensors.update({f"offset/{name}": torch.zeros_like(p) for name, p in fast.items()})
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    tensors = join(weight=weights, offset=no_offset(model, cfg, weights))
     releases = Releases(run_dir / "releases")
     shard = write_shard(releases.prepare(0), 0, 1, tensors)
     releases.publish(Release(0, None, 0, 0, -1, 0, shards_fingerprint([shard]), [shard]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, List
@@ -155,6 +156,16 @@ def test_pages_follow_what_was_measured(tmp_path: Path) -> None:
     assert results.with_pages(old, tmp_path) == (
         "# Benchmarks\n\nfigures\n\n## The gate against planted candidates\n\nnew page\n"
     )
+
+
+def test_a_page_names_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/here/benchmarks/sleep.py", "--ranks", "4", "run.name=a night"])
+    results.keep_page(tmp_path / "sleep.json", "figures")
+    about, body = (tmp_path / "sleep.md").read_text().split("\n\n")
+    assert about.startswith("Made by `python -m benchmarks.sleep --ranks 4 'run.name=a night'` on ")
+    assert body == "figures\n"
+    results.keep_page(tmp_path / "sleep.json", "figures", "several commands")
+    assert (tmp_path / "sleep.md").read_text().startswith("Made by `several commands` on ")
 
 
 def test_results_hold_every_figure_and_what_they_depend_on(tmp_path: Path) -> None:

@@ -133,14 +133,6 @@ def test_plain_lines_hold_no_escape_codes_and_print_brackets_as_they_are() -> No
     assert plain([event]) == [f"quarantined [bold]x {'a' * 80}: not UTF-8"]
 
 
-def test_restoring_prints_nothing_and_keeps_the_state() -> None:
-    console = Console(file=io.StringIO())
-    with LiveView("night-1", console) as view:
-        view.restore(night())
-    assert isinstance(console.file, io.StringIO) and console.file.getvalue() == ""
-    assert view.state.release == 1
-
-
 def test_a_terminal_gets_the_panel() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=110, height=50, _environ={})
     with LiveView("night-1", console) as view:

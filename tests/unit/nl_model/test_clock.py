@@ -39,15 +39,6 @@ def test_any_split_gives_the_boundaries_of_one_call_per_token(clock: LevelClock,
     assert set(clock.due(start, position)) == seen
 
 
-@given(clock=clocks(), position=st.integers(0, 300))
-def test_next_boundary_is_the_first_position_behind_at_which_the_level_is_due(clock: LevelClock, position: int) -> None:
-    for name, period in clock.periods.items():
-        following = clock.next_boundary(name, position)
-        assert position < following <= position + period
-        assert name in clock.due(following - 1, following)
-        assert name not in clock.due(position, following - 1)
-
-
 def test_due_exactly_at_positive_multiples() -> None:
     clock = LevelClock({"fast": 1, "medium": 4, "slow": 12})
     for t in range(1, 49):

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from nl_model.config import LevelConfig
 from nl_model.model import NestedLM
-from nl_model.weights import fingerprint, load_into, load_tensors, parameters_of, save_tensors, write_durably
+from nl_model.weights import (
+    fingerprint,
+    join,
+    load_into,
+    load_tensors,
+    parameters_of,
+    save_tensors,
+    split,
+    write_durably,
+)
 
 Make = Callable[..., NestedLM]
 
@@ -34,6 +43,13 @@ def tensors() -> Dict[str, Tensor]:
         "step": torch.tensor(7.0),
         "none": torch.empty(0, 2),
     }
+
+
+def test_what_was_joined_is_split_again() -> None:
+    weight, offset = {"fast.up": 1, "slow.up": 2}, {"fast.up": 3}
+    joined = join(weight=weight, offset=offset)
+    assert joined == {"weight/fast.up": 1, "weight/slow.up": 2, "offset/fast.up": 3}
+    assert split(joined, "weight") == weight and split(joined, "offset") == offset and split(joined, "off") == {}
 
 
 def test_a_round_trip_is_exact_to_the_bit(tmp_path: Path) -> None:

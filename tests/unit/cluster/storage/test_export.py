@@ -14,7 +14,7 @@ from cluster.storage.export import TOKENIZER, export, keep_tokenizer, load_champ
 from cluster.storage.releases import Release, Releases, shards_fingerprint, write_shard
 from nl_model.hf import load_model
 from nl_model.model import NestedLM
-from nl_model.weights import fingerprint
+from nl_model.weights import fingerprint, join
 from pipelines.config.load import to_yaml
 from pipelines.config.schema import Config, TokenizerConfig
 from pipelines.data.module import open_data
@@ -24,7 +24,7 @@ from tests.unit.nl_model.hf_checkpoints import save_checkpoint, stored, tokens
 
 def publish(releases: Releases, number: int, model: NestedLM, marked: bool = True) -> None:
     directory = releases.prepare(number)
-    tensors = {f"weight/{name}": p.detach() for name, p in model.named_parameters()}
+    tensors = join(weight={name: p.detach() for name, p in model.named_parameters()})
     shard = write_shard(directory, 0, 1, tensors)
     if marked:
         releases.publish(Release(number, None, 0, 0, -1, 0, shards_fingerprint([shard]), [shard]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict
 
 import pytest
 import torch
@@ -18,7 +18,6 @@ from cluster.storage.releases import (
     load_release,
     read_release,
     shards_fingerprint,
-    split,
     write_shard,
 )
 
@@ -152,12 +151,6 @@ def test_numbers_are_those_published_ascending(tmp_path: Path) -> None:
     (releases.path / "3 copy").mkdir()
     (releases.path / "3 copy" / MARKER).touch()
     assert releases.numbers() == [0, 2, 11]
-
-
-def test_split_takes_what_is_below_a_prefix() -> None:
-    parts: List[str] = [name for prefix in ("weight", "offset") for name in split(tensors(), prefix)]
-    assert parts == ["embedding", "head", "fast.up", "slow.up", "fast.up"]
-    assert torch.equal(split(tensors(), "offset")["fast.up"], tensors()["offset/fast.up"])
 
 
 def test_the_index_is_plain_json(tmp_path: Path) -> None:

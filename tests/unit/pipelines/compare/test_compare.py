@@ -26,7 +26,6 @@ from pipelines.config.schema import Config
 from pipelines.machine.actions import End
 from pipelines.machine.faults import Faults
 from pipelines.machine.local import LocalParts
-from pipelines.machine.rules import Rules
 from pipelines.machine.simulated import Simulation
 from pipelines.wake.hooks import HookCosts
 from pipelines.wake.writes import pool_flops, wake_flops, with_budget
@@ -218,8 +217,7 @@ def test_a_learner_that_dies_on_the_way_changes_nothing(name: str, load: Load, d
         cfg = with_budget(one.cfg, 257, one.method.build_hook().costs(one.cfg, 257))
         setting = data.of(cfg)
         parts = LocalParts(setting.cfg, setting, base, one.method.build_hook())
-        sources = tuple(setting.sources), tuple(setting.base_sources)
-        run = Simulation(Rules.of(setting.cfg, *sources, wake_flops(cfg, 257)), parts, faults=faults)
+        run = Simulation(parts.rules, parts, faults=faults)
         assert isinstance(run.attempt(), End)
         found.append([record.fingerprint for record in run.machine.state.rounds])
     assert run.dice.struck["learner"] > 0
@@ -238,11 +236,3 @@ def test_the_command_writes_json_page_and_pictures(small: List[str], tmp_path: P
     assert "| **naive** |" in (tmp_path / "o.md").read_text() and len(list(tmp_path.glob("o-whole-*.png"))) == 4
     again = CliRunner().invoke(app, [*arguments, "--settings", str(tmp_path / "nothing.json")])
     assert "no outcome of `circadian compare`" in str(again.exception)
-
-
-def test_no_step_no_loss_and_no_schedule_lies_in_a_comparison() -> None:
-    folder = Path(__file__).parents[4] / "pipelines" / "compare"
-    words = (".backward(", "optimizer.step", ".zero_grad", "learning_rate(", "Schedule(", "training_step", "clip_grad")
-    for path in folder.rglob("*.py"):
-        text = path.read_text()
-        assert not [word for word in words if word in text], path

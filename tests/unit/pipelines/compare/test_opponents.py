@@ -149,16 +149,21 @@ def test_ewc_weighs_text_by_key_whatever_its_order(cfg: Config, make_model: Make
 
 
 def test_lwf_holds_to_what_the_model_was_at_the_last_mark(cfg: Config, make_model: Make) -> None:
-    hook = Lwf(1.0)
+    hook = Lwf(0.5)
     one = Learner(cfg, make_model, hook)
     before = one.weights()
     one.read(4)
     assert same({n: p.detach() for n, p in hook.old.named_parameters()}, before)
-    logits, batch = _pass(one.model)
-    assert float(hook.loss(torch.zeros(B, CONTEXT), logits, batch).mean().detach()) >= 0
+    with torch.no_grad():
+        one.model.head.weight.mul_(3.0)
+    (logits, batch), nll = _pass(one.model), torch.full((B, CONTEXT), 9.0)
+    old, new = hook.old(batch.tokens_BS[:, :-1]).log_softmax(-1), logits.detach().log_softmax(-1)
+    divergence = (old.exp() * (old - new)).sum(-1)
+    assert float(divergence.min()) > 1e-2, "so far from the old model that the order of the two matters"
+    torch.testing.assert_close(hook.loss(nll, logits, batch).detach(), (nll + divergence) / 2)
     one.training.boundary()
     assert same({n: p.detach() for n, p in hook.old.named_parameters()}, one.weights())
-    assert float(hook.loss(torch.full((B, CONTEXT), 9.0), logits, batch).mean().detach()) == pytest.approx(0, abs=1e-6)
+    torch.testing.assert_close(hook.loss(nll, logits, batch).detach(), nll / 2)
 
 
 def _pass(model: NestedLM, keys: Tuple[int, ...] = (0, 1), old: bool = False) -> Tuple[Tensor, Batch]:
