@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 import typing
 from dataclasses import asdict, fields, is_dataclass
 from importlib import resources
@@ -16,6 +17,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipelines.config.schema import Config
+from pipelines.config.values import COMMAND_LINE, read_overrides, read_tree
+from pipelines.config.yaml_reader import compose, read_text
 
 SHIPPED = "pipelines.config.shipped"
 PRESETS = "pipelines.config.sizes"
@@ -49,14 +52,12 @@ def _names(package: str) -> List[str]:
 
 
 def read_yaml(name: str) -> Dict[str, Any]:
-    """A YAML mapping from a file, or from the shipped configuration of that name."""
+    """A file, or the shipped configuration of that name, as a tree; values have the types of their keys."""
     if Path(name).is_file():
-        text = Path(name).read_text(encoding="utf-8")
-    elif name in shipped_configs():
-        text = (resources.files(SHIPPED) / f"{name}.yaml").read_text(encoding="utf-8")
-    else:
+        return _read(read_text(Path(name)), name)
+    if name not in shipped_configs():
         raise ValueError(f"no configuration file {name!r}; give a path, or one of {', '.join(shipped_configs())}")
-    return _parse(text, name)
+    return _named(SHIPPED, name)
 
 
 def _read_preset(name: str) -> Dict[str, Any]:
@@ -66,16 +67,12 @@ def _read_preset(name: str) -> Dict[str, Any]:
 
 
 def _named(package: str, name: str) -> Dict[str, Any]:
-    return _parse((resources.files(package) / f"{name}.yaml").read_text(encoding="utf-8"), name)
+    return _read((resources.files(package) / f"{name}.yaml").read_text(encoding="utf-8"), name)
 
 
-def _parse(text: str, name: str) -> Dict[str, Any]:
-    try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name} is not valid YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"{name} must hold a mapping of sections, not a {type(tree).__name__}")
+def _read(text: str, name: str) -> Dict[str, Any]:
+    tree = read_tree(compose(text, name), Config, "", name)
+    assert isinstance(tree, dict)
     return tree
 
 
@@ -87,12 +84,11 @@ def load_config(name: str = "default", overrides: Sequence[str] = (), preset: st
     """
     tree = read_yaml(name)
     _check_keys(tree, Config, "", name)
-    _check_overrides(overrides)
+    given = read_overrides(overrides)
+    _check_keys(given, Config, "", COMMAND_LINE)
     try:
         base = OmegaConf.structured(Config)
         _make_writable(base)
-        given = OmegaConf.from_dotlist(list(overrides))
-        _check_keys(OmegaConf.to_container(given), Config, "", "the command line")
         strategy = _strategy_of(name, tree, given.get("strategy"))
         sizes = _read_preset(preset) if preset else {}
         overlay = _without(_named(STRATEGIES, strategy), tree if Path(name).is_file() else {})
@@ -127,7 +123,7 @@ def with_strategy(config: Config, name: str, changes: Mapping[str, Any]) -> Conf
         ValueError: the strategy or a key is unknown, or what comes out is no configuration.
     """
     strategy = _strategy_of("the configuration", {}, name)
-    tree, defaults = asdict(config), asdict(Config())
+    tree, defaults = _resolved(asdict(config)), asdict(Config())
     plain, old = flatten(tree), flatten(_named(STRATEGIES, config.strategy))
     unset = {key: flatten(defaults)[key] for key, value in old.items() if plain[key] == value}
     levels = tree.pop("levels")
@@ -200,12 +196,6 @@ def _make_writable(node: Any) -> None:
                 _make_writable(node[key])
 
 
-def _check_overrides(overrides: Sequence[str]) -> None:
-    for item in overrides:
-        if "=" not in item or item.startswith("="):
-            raise ValueError(f"override {item!r} is not of the form key=value, for instance run.name=first")
-
-
 def _check_keys(tree: Any, kind: Any, prefix: str, where: str) -> None:
     """Raise ValueError for the first key that the dataclass `kind` does not have, with the nearest one that it has."""
     if not isinstance(tree, Mapping):
@@ -251,7 +241,16 @@ def _elsewhere(key: str) -> List[str]:
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML, which `load_config` reads back to an equal one."""
-    return yaml.safe_dump(asdict(config), sort_keys=False)
+    return yaml.safe_dump(_resolved(asdict(config)), sort_keys=False)
+
+
+def _resolved(value: Any) -> Any:
+    """A tree whose text is no interpolation any more, though it may look like one: it is not worked out again."""
+    if isinstance(value, Mapping):
+        return {key: _resolved(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_resolved(inner) for inner in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Dict[str, Any]:
