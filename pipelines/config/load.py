@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipelines.config.schema import Config
+from pipelines.config.usual_names import usual
 from pipelines.config.values import COMMAND_LINE, read_overrides, read_tree
 from pipelines.config.yaml_reader import compose, read_text
 
@@ -212,10 +213,14 @@ def _check_keys(tree: Any, kind: Any, prefix: str, where: str) -> None:
     known = [f.name for f in fields(kind)]
     for key, value in tree.items():
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1) or _elsewhere(str(key))
-            hint = f"did you mean {_joined(prefix, near[0])!r}?" if near else f"known here: {', '.join(known)}"
+            hint = usual(str(key)) or _nearest(str(key), known, prefix)
             raise ValueError(f"{where}: unknown key {_joined(prefix, str(key))!r}; {hint}")
         _check_keys(value, hints[key], f"{prefix}{key}.", where)
+
+
+def _nearest(key: str, known: Sequence[str], prefix: str) -> str:
+    near = difflib.get_close_matches(key, known, n=1) or _elsewhere(key)
+    return f"did you mean {_joined(prefix, near[0])!r}?" if near else f"known here: {', '.join(known)}"
 
 
 def _check_levels_named(given: Mapping[str, Any], known: Sequence[str]) -> None:
