@@ -16,6 +16,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nl_model.config import LevelConfig
 from pipelines.config.schema import Config
 from pipelines.config.usual_names import usual
 from pipelines.config.values import COMMAND_LINE, read_overrides, read_tree
@@ -81,7 +82,8 @@ def load_config(name: str = "default", overrides: Sequence[str] = (), preset: st
     """What is shipped, then the strategy, then what a user gives; everything checked.
 
     In order, later ones win: defaults, the file, a preset of sizes, the strategy, the overrides. A strategy changes no
-    key that a user's own file names. ValueError names the key and the remedy.
+    key that a user's own file names. A file that names levels has these and no others; one that is called as a default
+    level is that level with what the file changes. ValueError names the key and the remedy.
     """
     tree = read_yaml(name)
     _check_keys(tree, Config, "", name)
@@ -93,11 +95,14 @@ def load_config(name: str = "default", overrides: Sequence[str] = (), preset: st
         strategy = _strategy_of(name, tree, given.get("strategy"))
         sizes = _read_preset(preset) if preset else {}
         overlay = _without(_named(STRATEGIES, strategy), tree if Path(name).is_file() else {})
-        # Level by level would mix the levels of two: whoever names levels names all of them.
+        # Whoever names levels names all of them, else those of two would be mixed; but a level that has the name of a
+        # shipped one starts from its settings, so that a file says what it changes and loses nothing unsaid.
         named = sizes.get("levels") or tree.get("levels")
         layers = [_without(layer, {"levels": None}) for layer in (tree, sizes, overlay)]
         if named is not None:
-            base.levels = {}
+            shipped = Config().levels
+            base.levels = {level: shipped.get(level, LevelConfig()) for level in named}
+            _make_writable(base.levels)
             layers.append({"levels": named})
         _check_levels_named(given.get("levels") or {}, [*base.levels, *(named or {})])
         config = OmegaConf.to_object(OmegaConf.merge(base, *layers, given, {"strategy": strategy}))
