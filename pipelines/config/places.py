@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Dict, Optional
 
 from pipelines.config.checks import above, at_least
+from pipelines.config.paths import uri_from_home
 
 LEAST_OBJECT_STORE_MB = 75
 """Ray starts no smaller one."""
@@ -21,6 +22,9 @@ class TrackingConfig:
     """Name of the experiment."""
     model_name: str = "circadian"
     """Name of the registered model; promoted releases become its versions, the live one is the alias champion."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "uri", uri_from_home("tracking.uri", self.uri))
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class RayConfig:
     object_store_mb: int = 128
     """Object store of a cluster started here, in MiB."""
     python: str = "python"
-    """Interpreter of the cluster that `circadian submit` starts the run with."""
+    """Interpreter of the cluster that `circadian submit` starts the run with; `~/` is a home over there."""
     learner_cpus: float = 0.5
     """CPUs that the learner asks the cluster for; 0: it runs wherever there is room."""
     rank_cpus: float = 0.5

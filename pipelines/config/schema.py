@@ -10,6 +10,7 @@ from nl_model.config import LevelConfig, ModelConfig, OptimizerConfig, check_lev
 from pipelines.config.checks import above, at_least, one_of, share, within
 from pipelines.config.dreams import DreamConfig
 from pipelines.config.gate import GateConfig
+from pipelines.config.paths import from_home
 from pipelines.config.places import FailureConfig, RayConfig, TrackingConfig
 from pipelines.config.pool import PoolConfig
 from pipelines.config.sleep import SleepConfig
@@ -40,6 +41,7 @@ class RunSection:
     pool works beside the learner. 0: the learner waits for every round, and nothing is ever behind."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "root", from_home("run.root", self.root))
         within("run.seed", self.seed, 0, LARGEST_SEED)
         at_least("run.lag", self.lag, 0)
         if not self.name or "/" in self.name or self.name.startswith("."):
@@ -58,6 +60,7 @@ class TokenizerConfig:
     """A tokenizer.json of the tokenizers library to load instead of training one (bpe only)."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "path", from_home("tokenizer.path", self.path))
         one_of("tokenizer.kind", self.kind, TOKENIZERS)
         at_least("tokenizer.vocab_size", self.vocab_size, 257)
 
@@ -86,6 +89,7 @@ class StreamConfig:
     """Documents longer than this are quarantined."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "path", from_home("stream.path", self.path))
         one_of("stream.schedule", self.schedule, SCHEDULES)
         at_least("stream.transition", self.transition, 1)
         at_least("stream.max_source_bytes", self.max_source_bytes, 0)
@@ -111,6 +115,7 @@ class BaseConfig:
     """Peak step size of base pretraining."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "checkpoint", from_home("base.checkpoint", self.checkpoint))
         at_least("base.max_source_bytes", self.max_source_bytes, 0)
         at_least("base.tokens", self.tokens, 0)
         at_least("base.batch", self.batch, 1)
