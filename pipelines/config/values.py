@@ -13,6 +13,9 @@ from pipelines.config.keys import bare, hints, kind_at, split_key
 from pipelines.config.yaml_reader import BOOL, FLOAT, INT, MISSING, NULL, compose_any, key_text, line_of
 
 COMMAND_LINE = "the command line"
+OPENING = re.compile(r"(\\*)\$\{")
+REFERENCE = re.compile(r"\$\{ *\.*[A-Za-z_]\w*(\.\w+|\[\w+\])* *\}", re.ASCII)
+"""An interpolation that names a key and nothing else."""
 GROUPED = re.compile(r"[-+]?[0-9]{1,3}(_[0-9]{3})+")
 SPELT_OUT = re.compile(r"[-+]?(\.?inf|infinity|\.?nan)", re.IGNORECASE)
 LONGEST_NUMBER = 40
@@ -44,6 +47,8 @@ def read_tree(node: yaml.Node, kind: Any, key: str, name: str) -> Any:
         null = node.tag == NULL
         if null and (optional or _is_section(kind)):
             return None
+        if name != COMMAND_LINE:
+            _check_references(node.value, key, where)
         return read_scalar(node.value, kind, key, where, null)
     if typing.get_origin(kind) is list:
         if not isinstance(node, yaml.SequenceNode):
@@ -122,6 +127,22 @@ def _read_override(key: str, text: str, given: Any) -> Any:
     return read_tree(node, kind, key, COMMAND_LINE)
 
 
+def _check_references(text: str, key: str, where: str) -> None:
+    """A file may refer to other keys. What else OmegaConf would work out (`${oc.env:...}`) reads the environment of
+    whoever uses the file, and ends up in logs and trackers: that is for the command line, where who types it sees it.
+    """
+    for match in OPENING.finditer(text):
+        if len(match[1]) % 2 == 0 and not REFERENCE.match(text, match.end(1)):
+            raise ValueError(
+                f"{where}: {key}={_shown(text)} holds an interpolation that is no ${{section.key}}; a file may hold "
+                f"no other: give it on the command line, '{key}={text[:MOST_SHOWN]}', or write \\${{ for that text"
+            )
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if len(repr(value)) <= MOST_SHOWN else f"{repr(value)[:MOST_SHOWN]}..."
+
+
 def _laid_over(under: Mapping[str, Any], over: Mapping[str, Any]) -> Dict[str, Any]:
     found = dict(under)
     for key, value in over.items():
@@ -175,7 +196,7 @@ def _shape(node: yaml.Node) -> Any:
 
 
 def _wrong(value: Any, kind: Any, key: str, where: str) -> str:
-    shown = repr(value) if len(repr(value)) <= MOST_SHOWN else f"{repr(value)[:MOST_SHOWN]}..."
+    shown = _shown(value)
     if typing.get_origin(kind) is list:
         what, example = "no list", f"[{EXPECTED[typing.get_args(kind)[0]][1]}]"
     elif kind in EXPECTED:
