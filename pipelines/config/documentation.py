@@ -80,7 +80,8 @@ def below(name: str) -> List[Key]:
     """The keys right below a section, "" for the sections themselves."""
     prefix = f"{name}." if name else ""
     found = [key for key in every_key() if key.name.startswith(prefix) and key.name != name]
-    return [key for key in found if "." not in key.name[len(prefix) :].replace(f"{NAME}.", "", 1)]
+    inner = [key for key in found if not key.name.endswith(f".{NAME}")]
+    return [key for key in inner if "." not in key.name[len(prefix) :].removeprefix(f"{NAME}.")]
 
 
 def type_words(kind: Any) -> str:
@@ -113,6 +114,8 @@ def _keys(kind: Any, value: Any, above: Tuple[str, ...], bounds: Dict[str, str])
         if is_dataclass(inner):
             several = isinstance(default, dict)
             sample = inner() if several and isinstance(inner, type) else default
+            if several and isinstance(inner, type):
+                yield Key(".".join((*path, NAME)), inner, doc_of_class(inner), sample, "")
             yield from _keys(inner, sample, (*path, NAME) if several else path, bounds)
 
 

@@ -10,13 +10,14 @@ import typing
 from dataclasses import asdict, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nl_model.config import LevelConfig
+from pipelines.config.keys import split_key
 from pipelines.config.schema import Config
 from pipelines.config.usual_names import usual
 from pipelines.config.values import COMMAND_LINE, read_overrides, read_tree
@@ -47,6 +48,13 @@ def presets() -> List[str]:
 def strategies() -> List[str]:
     """Names of the shipped strategies: what a run does (`strategy=NAME`), valid for runs and comparisons alike."""
     return _names(STRATEGIES)
+
+
+def shipped_files() -> Iterator[Tuple[str, Dict[str, Any]]]:
+    """(what it is, its keys) of every shipped file: configurations, presets, strategies."""
+    for package, what in ((SHIPPED, "configuration {}"), (PRESETS, "--preset {}"), (STRATEGIES, "strategy={}")):
+        for name in _names(package):
+            yield what.format(name), _named(package, name)
 
 
 def _names(package: str) -> List[str]:
@@ -226,6 +234,14 @@ def _check_keys(tree: Any, kind: Any, prefix: str, where: str) -> None:
 def _nearest(key: str, known: Sequence[str], prefix: str) -> str:
     near = difflib.get_close_matches(key, known, n=1) or _elsewhere(key)
     return f"did you mean {_joined(prefix, near[0])!r}?" if near else f"known here: {', '.join(known)}"
+
+
+def check_key(name: str, where: str) -> None:
+    """ValueError, with the nearest key or what stands for a usual name, unless there is a key of this name."""
+    tree: Any = ""
+    for part in reversed(split_key(name)):
+        tree = {part: tree}
+    _check_keys(tree, Config, "", where)
 
 
 def _check_levels_named(given: Mapping[str, Any], known: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ LEAST_OBJECT_STORE_MB = 75
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """MLflow."""
+    """Where MLflow keeps what a run measures."""
 
     uri: Optional[str] = None
     """Tracking server; empty: a SQLite database beside the runs."""
