@@ -113,10 +113,9 @@ def load_config(name: str = "default", overrides: Sequence[str] = (), preset: st
             _make_writable(base.levels)
             layers.append({"levels": named})
         _check_levels_named(given.get("levels") or {}, [*base.levels, *(named or {})])
-        config = OmegaConf.to_object(OmegaConf.merge(base, *layers, given, {"strategy": strategy}))
+        config = _build(OmegaConf.merge(base, *layers, given, {"strategy": strategy}))
     except OmegaConfBaseException as error:
         raise ValueError(_plain(error)) from None
-    assert isinstance(config, Config)
     for other in config.control.strategies if config.trains_controls else ():
         try:
             _strategy_of("the configuration", {}, other)
@@ -148,11 +147,24 @@ def with_strategy(config: Config, name: str, changes: Mapping[str, Any]) -> Conf
         layers = [tree, _nested(unset), _named(STRATEGIES, strategy), {"levels": levels}, _nested(changes)]
         for layer in layers:
             _check_keys(layer, Config, "", f"strategy {name}")
-        found = OmegaConf.to_object(OmegaConf.merge(base, *layers, {"strategy": strategy}))
+        return _build(OmegaConf.merge(base, *layers, {"strategy": strategy}))
     except OmegaConfBaseException as error:
         raise ValueError(_plain(error)) from None
-    assert isinstance(found, Config)
-    return found
+
+
+def _build(merged: Any) -> Config:
+    """The value objects; what the model's say of their own keys is given the full name, which they do not know."""
+    parts = [(f"levels.{name}.", merged.levels[name]) for name in merged.levels]
+    for prefix, node in [*parts, ("sleep.", merged.sleep.optimizer), ("model.", merged.model.memory)]:
+        try:
+            OmegaConf.to_object(node)
+        except OmegaConfBaseException:
+            raise
+        except ValueError as error:
+            raise ValueError(f"{prefix}{error}") from None
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    return config
 
 
 def _nested(flat: Mapping[str, Any]) -> Dict[str, Any]:

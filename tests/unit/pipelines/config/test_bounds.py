@@ -72,7 +72,7 @@ def test_a_step_size_of_nothing_is_refused_or_documented(key: Key) -> None:
         (["base.lr=inf"], r"base\.lr=inf must be above 0, and finite"),
         (["base.lr=0"], r"base\.lr=0\.0 must be above 0"),
         (["sleep.optimizer.lr=0"], r"sleep\.optimizer\.lr=0\.0 must be above 0"),
-        (["levels.fast.optimizer.lr=-.inf"], r"optimizer\.lr=-inf must be at least 0, and finite"),
+        (["levels.fast.optimizer.lr=-.inf"], r"^levels\.fast\.optimizer\.lr=-inf must be at least 0, and finite"),
         (["control.learning_rates=[0.1,inf]"], r"control\.learning_rates has inf; give step sizes above 0"),
         (["gate.budgets={a: -1}"], r"gate\.budgets\.a=-1\.0 must be at least 0"),
         (["gate.budgets={a: nan}"], r"gate\.budgets\.a=nan must be at least 0"),
@@ -82,8 +82,10 @@ def test_a_step_size_of_nothing_is_refused_or_documented(key: Key) -> None:
         (["pool.timeout=inf"], r"pool\.timeout=inf must be above 0, and finite"),
         (["store.commit_bytes=0"], r"store\.commit_bytes=0 must be at least 1"),
         (["model.rope_base=0"], r"model\.rope_base=0\.0 must be above 0"),
-        (["model.memory.chunk=0"], r"memory\.chunk=0 must be at least 1"),
-        (["levels.fast.period=0"], r"period=0 must be at least 1"),
+        (["model.memory.chunk=0"], r"^model\.memory\.chunk=0 must be at least 1"),
+        (["levels.fast.period=0"], r"^levels\.fast\.period=0 must be at least 1"),
+        (["levels.fast.owner=me"], r"^levels\.fast\.owner='me' is unknown; use one of learner, pool"),
+        (["sleep.optimizer.beta2=1"], r"^sleep\.optimizer\.beta2=1\.0 must lie in \[0, 1\)"),
     ],
 )
 def test_a_number_out_of_bounds_is_named(overrides: List[str], message: str) -> None:
