@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from cluster.config_cli import config_app
 from pipelines.config.load import load_config, to_yaml
 from pipelines.config.schema import Config
 
@@ -26,6 +27,7 @@ store_app = typer.Typer(help="Look into an experience store.", no_args_is_help=T
 app.add_typer(store_app, name="store")
 audit_app = typer.Typer(help="Look into a run's audit log.", no_args_is_help=True)
 app.add_typer(audit_app, name="audit")
+app.add_typer(config_app, name="config")
 ARGUMENTS = typer.Argument(
     None, metavar="[CONFIG] [KEY=VALUE]...", help="A YAML file or a shipped name, then overrides."
 )

@@ -48,6 +48,8 @@ def job_config(cfg: Config) -> Config:
     resolved against the folder that `submit` was called in. They must lie on storage that the cluster sees under the
     same name. ray.address is dropped: a job belongs to its cluster.
     """
+    # `~` in them was the home of whoever submits, and is written out already: as `run` and `validate` here mean it. A
+    # home that only the cluster has can be given by its whole path. ray.python alone means a place over there.
     return replace(
         cfg,
         run=replace(cfg.run, root=str(Path(cfg.run.root).resolve())),
@@ -152,7 +154,7 @@ def submit(client: JobSubmissionClient, job: Config, name: str) -> None:
         (Path(folder) / FILE).write_text(to_yaml(job), encoding="utf-8")
         try:
             client.submit_job(
-                entrypoint=f"{shlex.quote(job.ray.python)} -m cluster.cli run {FILE}",
+                entrypoint=f"{_over_there(job.ray.python)} -m cluster.cli run {FILE}",
                 submission_id=name,
                 runtime_env={"working_dir": folder},
                 metadata={"run": job.run.name, "config_hash": config_hash(job)},
@@ -161,6 +163,13 @@ def submit(client: JobSubmissionClient, job: Config, name: str) -> None:
             raise ValueError(_unauthorized(client.get_address(), error)) from None
         except RuntimeError as error:
             raise ValueError(f"the cluster refused the job: {_first_line(error)}") from None
+
+
+def _over_there(interpreter: str) -> str:
+    """A word of the cluster's shell; its `~/` is left to that shell, since the home it means is over there."""
+    if interpreter.startswith("~/"):
+        return f"~/{shlex.quote(interpreter[2:])}"
+    return shlex.quote(interpreter)
 
 
 async def follow(client: JobSubmissionClient, name: str, console: Console) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass, field, replace
 from typing import Dict, List, Optional, Sequence, Tuple
 
+from nl_model.checks import above, at_least, one_of, within
 from nl_model.memory.config import MemoryConfig
 
 OWNERS = ("learner", "pool")
@@ -30,13 +30,13 @@ class OptimizerConfig:
     name: str = "adamw"
     """adamw, sgd, muon, dgd, delta_momentum, deep_momentum or m3."""
     lr: float = 1e-3
-    """Step size of one write."""
+    """Step size of one write; 0 writes nothing."""
     beta1: float = 0.9
     """Decay of the first moment or momentum, counted in this level's own writes."""
     beta2: float = 0.95
     """Decay of the second moment, counted in this level's own writes."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the root of the second moment; may be 0."""
     weight_decay: float = 0.0
     """Decoupled weight decay per write."""
     clip: float = 1.0
@@ -70,20 +70,14 @@ class OptimizerConfig:
         choices = {"name": OPTIMIZERS, "reduction": REDUCTIONS}
         choices |= {"memory": MEMORIES, "objective": OBJECTIVES, "output": OUTPUTS}
         for key, known in choices.items():
-            if getattr(self, key) not in known:
-                raise ValueError(f"optimizer.{key}={getattr(self, key)!r} is unknown; use one of {', '.join(known)}")
-        for key in ("lr", "eps", "weight_decay", "adamw_scale", "slow_weight"):
-            if not 0 <= getattr(self, key) < math.inf:
-                raise ValueError(f"optimizer.{key}={getattr(self, key)} must be a number of at least 0")
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and 0 <= self.beta3 < 1):
-            raise ValueError(f"optimizer.beta1={self.beta1}, beta2={self.beta2}, beta3={self.beta3} must lie in [0, 1)")
-        if not self.clip >= 0:
-            raise ValueError(f"optimizer.clip={self.clip} must be at least 0 (0 switches clipping off)")
-        if not 0 <= self.erase <= 1:
-            raise ValueError(f"optimizer.erase={self.erase} must lie in [0, 1] (0 switches the erase term off)")
+            one_of(f"optimizer.{key}", getattr(self, key), known)
+        for key in ("lr", "eps", "weight_decay", "adamw_scale", "slow_weight", "clip"):
+            at_least(f"optimizer.{key}", getattr(self, key), 0)
+        for key in ("beta1", "beta2", "beta3"):
+            within(f"optimizer.{key}", getattr(self, key), 0, 1, "[)")
+        within("optimizer.erase", self.erase, 0, 1)
         for key in ("ns_steps", "slow_period"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"optimizer.{key}={getattr(self, key)} must be at least 1")
+            at_least(f"optimizer.{key}", getattr(self, key), 1)
 
 
 @dataclass(frozen=True)
@@ -104,14 +98,10 @@ class LevelConfig:
     """The level's own optimizer (used by its owner)."""
 
     def __post_init__(self) -> None:
-        if self.period <= 0:
-            raise ValueError(f"period={self.period} must be a positive number of {self.unit}")
-        if self.unit not in UNITS:
-            raise ValueError(f"unit={self.unit!r} is unknown; use one of {', '.join(UNITS)}")
-        if self.width <= 0:
-            raise ValueError(f"width={self.width} must be a positive number of hidden units")
-        if self.owner not in OWNERS:
-            raise ValueError(f"owner={self.owner!r} is unknown; use one of {', '.join(OWNERS)}")
+        at_least("period", self.period, 1)
+        one_of("unit", self.unit, UNITS)
+        at_least("width", self.width, 1)
+        one_of("owner", self.owner, OWNERS)
 
     def block_indices(self, num_blocks: int) -> Tuple[int, ...]:
         """Numbers of the blocks this level sits in, ascending."""
@@ -156,13 +146,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for key in ("dim", "blocks", "heads", "context"):
-            if getattr(self, key) <= 0:
-                raise ValueError(f"model.{key}={getattr(self, key)} must be positive")
-        if self.window < 0:
-            raise ValueError(f"model.window={self.window} must be at least 0 (0 lets attention see everything)")
+            at_least(f"model.{key}", getattr(self, key), 1)
+        at_least("model.window", self.window, 0)
+        above("model.rope_base", self.rope_base, 0)
         for key, names in (("mixer", MIXERS), ("wiring", WIRINGS)):
-            if getattr(self, key) not in names:
-                raise ValueError(f"model.{key}={getattr(self, key)!r} is unknown; use one of {', '.join(names)}")
+            one_of(f"model.{key}", getattr(self, key), names)
         if self.dim % self.heads or (self.dim // self.heads) % 2:
             raise ValueError(
                 f"model.dim={self.dim} must be an even multiple of model.heads={self.heads} "

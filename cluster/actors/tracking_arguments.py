@@ -8,7 +8,7 @@ from typing import Any, Dict
 
 from pipelines.config.load import config_hash, flatten
 from pipelines.config.schema import Config
-from pipelines.report.tracking import default_uri
+from pipelines.report.tracking_uri import default_uri
 
 TRACKED = (
     "run.",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Tuple
 
+from nl_model.checks import at_least, must, one_of
+
 OBJECTIVES = ("dot", "l2")
 SIGNS = ("corrected", "literal")
 FORGET = ("initial", "zero")
@@ -52,17 +54,13 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         for key, allowed in (("objective", OBJECTIVES), ("sign", SIGNS), ("forget", FORGET)):
-            if getattr(self, key) not in allowed:
-                raise ValueError(f"memory.{key}={getattr(self, key)!r} is unknown; use one of {', '.join(allowed)}")
-        if self.layers not in (1, 2):
-            raise ValueError(f"memory.layers={self.layers} must be 1 (linear) or 2")
-        if self.factor not in (1, 2):
-            raise ValueError(f"memory.factor={self.factor} must be 1 or 2")
+            one_of(f"memory.{key}", getattr(self, key), allowed)
+        must("memory.layers", self.layers, self.layers in (1, 2), "be 1 (linear) or 2")
+        must("memory.factor", self.factor, self.factor in (1, 2), "be 1 or 2")
         for key in ("expansion", "chunk", "mem_chunk", "conv"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"memory.{key}={getattr(self, key)} must be at least 1")
-        if not 0 < self.eta_max < 2:
-            raise ValueError(f"memory.eta_max={self.eta_max} must lie in (0, 2): larger steps overshoot without bound")
+            at_least(f"memory.{key}", getattr(self, key), 1)
+        steps = "lie in (0, 2): larger steps overshoot without bound"
+        must("memory.eta_max", self.eta_max, 0 < self.eta_max < 2, steps)
         if self.objective == "dot" and self.layers == 2 and self.eta_max > 0.1:
             raise ValueError(
                 f"memory.eta_max={self.eta_max} is too large for memory.layers=2 with memory.objective=dot: that "

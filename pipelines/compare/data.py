@@ -10,6 +10,7 @@ from typing import Dict, List, Sequence
 
 import numpy as np
 
+from pipelines.config.paths import from_home
 from pipelines.config.schema import Config
 from pipelines.data.module import DataModule, open_data
 from pipelines.data.stream import Sequence as StreamSequence
@@ -21,6 +22,7 @@ def stream_of_folder(overrides: Sequence[str]) -> List[str]:
     found = []
     for item in overrides:
         key, _, path = item.partition("=")
+        path = from_home(key, path) or "" if key == "stream.path" else path
         folder = key == "stream.path" and list(Path(path).glob("*/train.txt"))
         found.append(f"{key}={path.rstrip('/')}/*/[tv][ra]*.txt" if folder else item)
     return found

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from pipelines.config.checks import at_least, one_of, share
+from pipelines.config.checks import above, at_least, inside, one_of, share, within
 
 SCORES = ("gradient", "progress")
 
@@ -24,9 +23,9 @@ class DreamConfig:
     candidates: int = 8
     """Sequences generated per round, before any is judged."""
     keep_top: int = 3
-    """Candidates kept for their score."""
+    """Candidates kept for their score; 0: none."""
     keep_random: int = 1
-    """Candidates kept at random from the rest."""
+    """Candidates kept at random from the rest; 0: none."""
     prompt: float = 0.8
     """Share of a dream that is taken from its parents; the model goes on from there, which is what costs time."""
     combine: float = 0.5
@@ -34,7 +33,7 @@ class DreamConfig:
     fire: float = 0.5
     """Share of candidates for which one random level of one random block fires stronger than it was trained to."""
     gain: float = 1.5
-    """How much stronger: the factor on that level's output."""
+    """How much stronger: the factor on that level's output; 0 silences it."""
     temperature: float = 0.8
     """Divides the logits when a token is drawn; 0 takes the most likely one."""
     top_p: float = 1.0
@@ -44,7 +43,8 @@ class DreamConfig:
     measure: int = 32
     """Recent experiences held out of prompts: the band of real text, and what the reward loop measures itself by."""
     band: float = 0.5
-    """Margin of the band of real text that a dream must lie in, as a share of the band's width on either side."""
+    """Margin of the band of real text that a dream must lie in, as a share of the band's width on either side; 0:
+    none."""
     ngram: int = 16
     """Tokens of the n-grams by which a dream is compared with stored text."""
     max_copied: float = 0.25
@@ -62,16 +62,14 @@ class DreamConfig:
         for key in ("share", "cap", "combine", "fire", "max_copied"):
             share(f"dreams.{key}", getattr(self, key))
         at_least("dreams.candidates", self.candidates, 1)
-        for key in ("keep_top", "keep_random", "copy_rows", "reward_rounds", "band", "gain", "reward_lr"):
+        for key in ("keep_top", "keep_random", "copy_rows", "reward_rounds", "band", "gain"):
             at_least(f"dreams.{key}", getattr(self, key), 0)
         for key in ("measure", "ngram", "reward_steps", "repeats"):
             at_least(f"dreams.{key}", getattr(self, key), 1)
-        if not 0 < self.prompt < 1:
-            raise ValueError(f"dreams.prompt={self.prompt} must lie between 0 and 1, both excluded")
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"dreams.temperature={self.temperature} must be a number of at least 0")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"dreams.top_p={self.top_p} must lie in (0, 1]")
+        inside("dreams.prompt", self.prompt, 0, 1)
+        at_least("dreams.temperature", self.temperature, 0)
+        within("dreams.top_p", self.top_p, 0, 1, "(]")
+        above("dreams.reward_lr", self.reward_lr, 0)
         one_of("dreams.score", self.score, SCORES)
         if self.share and not self.keep_top + self.keep_random:
             raise ValueError(

@@ -5,17 +5,23 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 import typing
 from dataclasses import asdict, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nl_model.config import LevelConfig
+from pipelines.config.keys import split_key
 from pipelines.config.schema import Config
+from pipelines.config.usual_names import usual
+from pipelines.config.values import COMMAND_LINE, read_overrides, read_tree
+from pipelines.config.yaml_reader import compose, read_text
 
 SHIPPED = "pipelines.config.shipped"
 PRESETS = "pipelines.config.sizes"
@@ -44,19 +50,24 @@ def strategies() -> List[str]:
     return _names(STRATEGIES)
 
 
+def shipped_files() -> Iterator[Tuple[str, Dict[str, Any]]]:
+    """(what it is, its keys) of every shipped file: configurations, presets, strategies."""
+    for package, what in ((SHIPPED, "configuration {}"), (PRESETS, "--preset {}"), (STRATEGIES, "strategy={}")):
+        for name in _names(package):
+            yield what.format(name), _named(package, name)
+
+
 def _names(package: str) -> List[str]:
     return sorted(Path(p.name).stem for p in resources.files(package).iterdir() if p.name.endswith(".yaml"))
 
 
 def read_yaml(name: str) -> Dict[str, Any]:
-    """A YAML mapping from a file, or from the shipped configuration of that name."""
+    """A file, or the shipped configuration of that name, as a tree; values have the types of their keys."""
     if Path(name).is_file():
-        text = Path(name).read_text(encoding="utf-8")
-    elif name in shipped_configs():
-        text = (resources.files(SHIPPED) / f"{name}.yaml").read_text(encoding="utf-8")
-    else:
+        return _read(read_text(Path(name)), name)
+    if name not in shipped_configs():
         raise ValueError(f"no configuration file {name!r}; give a path, or one of {', '.join(shipped_configs())}")
-    return _parse(text, name)
+    return _named(SHIPPED, name)
 
 
 def _read_preset(name: str) -> Dict[str, Any]:
@@ -66,16 +77,12 @@ def _read_preset(name: str) -> Dict[str, Any]:
 
 
 def _named(package: str, name: str) -> Dict[str, Any]:
-    return _parse((resources.files(package) / f"{name}.yaml").read_text(encoding="utf-8"), name)
+    return _read((resources.files(package) / f"{name}.yaml").read_text(encoding="utf-8"), name)
 
 
-def _parse(text: str, name: str) -> Dict[str, Any]:
-    try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name} is not valid YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"{name} must hold a mapping of sections, not a {type(tree).__name__}")
+def _read(text: str, name: str) -> Dict[str, Any]:
+    tree = read_tree(compose(text, name), Config, "", name)
+    assert isinstance(tree, dict)
     return tree
 
 
@@ -83,30 +90,32 @@ def load_config(name: str = "default", overrides: Sequence[str] = (), preset: st
     """What is shipped, then the strategy, then what a user gives; everything checked.
 
     In order, later ones win: defaults, the file, a preset of sizes, the strategy, the overrides. A strategy changes no
-    key that a user's own file names. ValueError names the key and the remedy.
+    key that a user's own file names. A file that names levels has these and no others; one that is called as a default
+    level is that level with what the file changes. ValueError names the key and the remedy.
     """
     tree = read_yaml(name)
     _check_keys(tree, Config, "", name)
-    _check_overrides(overrides)
+    given = read_overrides(overrides)
+    _check_keys(given, Config, "", COMMAND_LINE)
     try:
         base = OmegaConf.structured(Config)
         _make_writable(base)
-        given = OmegaConf.from_dotlist(list(overrides))
-        _check_keys(OmegaConf.to_container(given), Config, "", "the command line")
         strategy = _strategy_of(name, tree, given.get("strategy"))
         sizes = _read_preset(preset) if preset else {}
         overlay = _without(_named(STRATEGIES, strategy), tree if Path(name).is_file() else {})
-        # Level by level would mix the levels of two: whoever names levels names all of them.
+        # Whoever names levels names all of them, else those of two would be mixed; but a level that has the name of a
+        # shipped one starts from its settings, so that a file says what it changes and loses nothing unsaid.
         named = sizes.get("levels") or tree.get("levels")
         layers = [_without(layer, {"levels": None}) for layer in (tree, sizes, overlay)]
         if named is not None:
-            base.levels = {}
+            shipped = Config().levels
+            base.levels = {level: shipped.get(level, LevelConfig()) for level in named}
+            _make_writable(base.levels)
             layers.append({"levels": named})
         _check_levels_named(given.get("levels") or {}, [*base.levels, *(named or {})])
-        config = OmegaConf.to_object(OmegaConf.merge(base, *layers, given, {"strategy": strategy}))
+        config = _build(OmegaConf.merge(base, *layers, given, {"strategy": strategy}))
     except OmegaConfBaseException as error:
         raise ValueError(_plain(error)) from None
-    assert isinstance(config, Config)
     for other in config.control.strategies if config.trains_controls else ():
         try:
             _strategy_of("the configuration", {}, other)
@@ -127,7 +136,7 @@ def with_strategy(config: Config, name: str, changes: Mapping[str, Any]) -> Conf
         ValueError: the strategy or a key is unknown, or what comes out is no configuration.
     """
     strategy = _strategy_of("the configuration", {}, name)
-    tree, defaults = asdict(config), asdict(Config())
+    tree, defaults = _resolved(asdict(config)), asdict(Config())
     plain, old = flatten(tree), flatten(_named(STRATEGIES, config.strategy))
     unset = {key: flatten(defaults)[key] for key, value in old.items() if plain[key] == value}
     levels = tree.pop("levels")
@@ -138,11 +147,24 @@ def with_strategy(config: Config, name: str, changes: Mapping[str, Any]) -> Conf
         layers = [tree, _nested(unset), _named(STRATEGIES, strategy), {"levels": levels}, _nested(changes)]
         for layer in layers:
             _check_keys(layer, Config, "", f"strategy {name}")
-        found = OmegaConf.to_object(OmegaConf.merge(base, *layers, {"strategy": strategy}))
+        return _build(OmegaConf.merge(base, *layers, {"strategy": strategy}))
     except OmegaConfBaseException as error:
         raise ValueError(_plain(error)) from None
-    assert isinstance(found, Config)
-    return found
+
+
+def _build(merged: Any) -> Config:
+    """The value objects; what the model's say of their own keys is given the full name, which they do not know."""
+    parts = [(f"levels.{name}.", merged.levels[name]) for name in merged.levels]
+    for prefix, node in [*parts, ("sleep.", merged.sleep.optimizer), ("model.", merged.model.memory)]:
+        try:
+            OmegaConf.to_object(node)
+        except OmegaConfBaseException:
+            raise
+        except ValueError as error:
+            raise ValueError(f"{prefix}{error}") from None
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    return config
 
 
 def _nested(flat: Mapping[str, Any]) -> Dict[str, Any]:
@@ -200,12 +222,6 @@ def _make_writable(node: Any) -> None:
                 _make_writable(node[key])
 
 
-def _check_overrides(overrides: Sequence[str]) -> None:
-    for item in overrides:
-        if "=" not in item or item.startswith("="):
-            raise ValueError(f"override {item!r} is not of the form key=value, for instance run.name=first")
-
-
 def _check_keys(tree: Any, kind: Any, prefix: str, where: str) -> None:
     """Raise ValueError for the first key that the dataclass `kind` does not have, with the nearest one that it has."""
     if not isinstance(tree, Mapping):
@@ -222,10 +238,22 @@ def _check_keys(tree: Any, kind: Any, prefix: str, where: str) -> None:
     known = [f.name for f in fields(kind)]
     for key, value in tree.items():
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1) or _elsewhere(str(key))
-            hint = f"did you mean {_joined(prefix, near[0])!r}?" if near else f"known here: {', '.join(known)}"
+            hint = usual(str(key)) or _nearest(str(key), known, prefix)
             raise ValueError(f"{where}: unknown key {_joined(prefix, str(key))!r}; {hint}")
         _check_keys(value, hints[key], f"{prefix}{key}.", where)
+
+
+def _nearest(key: str, known: Sequence[str], prefix: str) -> str:
+    near = difflib.get_close_matches(key, known, n=1) or _elsewhere(key)
+    return f"did you mean {_joined(prefix, near[0])!r}?" if near else f"known here: {', '.join(known)}"
+
+
+def check_key(name: str, where: str) -> None:
+    """ValueError, with the nearest key or what stands for a usual name, unless there is a key of this name."""
+    tree: Any = ""
+    for part in reversed(split_key(name)):
+        tree = {part: tree}
+    _check_keys(tree, Config, "", where)
 
 
 def _check_levels_named(given: Mapping[str, Any], known: Sequence[str]) -> None:
@@ -251,7 +279,16 @@ def _elsewhere(key: str) -> List[str]:
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML, which `load_config` reads back to an equal one."""
-    return yaml.safe_dump(asdict(config), sort_keys=False)
+    return yaml.safe_dump(_resolved(asdict(config)), sort_keys=False)
+
+
+def _resolved(value: Any) -> Any:
+    """A tree whose text is no interpolation any more, though it may look like one: it is not worked out again."""
+    if isinstance(value, Mapping):
+        return {key: _resolved(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_resolved(inner) for inner in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipelines.config.checks import at_least, one_of
+from pipelines.config.checks import above, at_least, must, one_of
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,9 @@ class PoolConfig:
         at_least("pool.ranks", self.ranks, 1)
         at_least("pool.micro_batch", self.micro_batch, 0)
         at_least("pool.checkpoint_every", self.checkpoint_every, 0)
-        if self.zero_stage not in (0, 1, 2, 3):
-            raise ValueError(f"pool.zero_stage={self.zero_stage} must be 0, 1, 2 or 3")
+        must("pool.zero_stage", self.zero_stage, self.zero_stage in (0, 1, 2, 3), "be 0, 1, 2 or 3")
+        above("pool.timeout", self.timeout, 0)
+        above("pool.start_timeout", self.start_timeout, 0)
         if self.bf16_weights and not self.zero_stage:
             raise ValueError("pool.bf16_weights=true needs fp32 masters, which ZeRO keeps; give pool.zero_stage=1 to 3")
         one_of("pool.backend", self.backend, ("auto", "gloo", "nccl"))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Dict, List, Optional
 
 from nl_model.config import LevelConfig, ModelConfig, OptimizerConfig, check_levels, in_tokens
-from pipelines.config.checks import at_least, one_of, share
+from pipelines.config.checks import above, at_least, one_of, share, within
 from pipelines.config.dreams import DreamConfig
 from pipelines.config.gate import GateConfig
+from pipelines.config.paths import from_home
+from pipelines.config.places import FailureConfig, RayConfig, TrackingConfig
 from pipelines.config.pool import PoolConfig
 from pipelines.config.sleep import SleepConfig
 from pipelines.config.when import WhenConfig
@@ -16,6 +19,8 @@ from pipelines.config.when import WhenConfig
 SCHEDULES = ("sequential", "mixed", "soft")
 WRITES = ("fast", "none", "all")
 MOST_RECALL = 1 << 30
+LARGEST_SEED = (1 << 31) - 1
+"""What every generator of random numbers takes."""
 TOKENIZERS = ("byte", "bpe")
 
 
@@ -28,7 +33,7 @@ class RunSection:
     root: str = "runs"
     """Folder that holds run directories, cached bases and the MLflow database."""
     seed: int = 0
-    """Seed of initial weights, schedules and samplers."""
+    """Seed of initial weights, schedules and samplers, from 0."""
     deterministic: bool = False
     """Adopt releases at fixed stream positions (the learner then waits for them), so that reruns are bit-equal."""
     lag: float = 1.0
@@ -36,6 +41,8 @@ class RunSection:
     pool works beside the learner. 0: the learner waits for every round, and nothing is ever behind."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "root", from_home("run.root", self.root))
+        within("run.seed", self.seed, 0, LARGEST_SEED)
         at_least("run.lag", self.lag, 0)
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ValueError(f"run.name={self.name!r} must be a plain folder name")
@@ -53,6 +60,7 @@ class TokenizerConfig:
     """A tokenizer.json of the tokenizers library to load instead of training one (bpe only)."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "path", from_home("tokenizer.path", self.path))
         one_of("tokenizer.kind", self.kind, TOKENIZERS)
         at_least("tokenizer.vocab_size", self.vocab_size, 257)
 
@@ -81,6 +89,7 @@ class StreamConfig:
     """Documents longer than this are quarantined."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "path", from_home("stream.path", self.path))
         one_of("stream.schedule", self.schedule, SCHEDULES)
         at_least("stream.transition", self.transition, 1)
         at_least("stream.max_source_bytes", self.max_source_bytes, 0)
@@ -99,17 +108,18 @@ class BaseConfig:
     max_source_bytes: int = 0
     """Bytes of each base source that are read; 0: as many as of the stream's."""
     tokens: int = 393216
-    """Tokens of base pretraining, over repeated passes of the mixture."""
+    """Tokens of base pretraining, over repeated passes of the mixture; 0: the base is not trained."""
     batch: int = 8
     """Sequences per step of base pretraining over all ranks together: a pool of another size makes the same base."""
     lr: float = 3e-3
     """Peak step size of base pretraining."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "checkpoint", from_home("base.checkpoint", self.checkpoint))
         at_least("base.max_source_bytes", self.max_source_bytes, 0)
         at_least("base.tokens", self.tokens, 0)
         at_least("base.batch", self.batch, 1)
-        at_least("base.lr", self.lr, 0)
+        above("base.lr", self.lr, 0)
 
 
 @dataclass(frozen=True)
@@ -127,7 +137,7 @@ class WakeConfig:
     (writes=fast)."""
     trained: float = 1.0
     """Tokens trained on per token streamed, replayed ones included (writes=all; decided by sleep.epochs where
-    given)."""
+    given); 0: none."""
     replay: float = 0.0
     """Share of replayed text in what is trained on (writes=all)."""
     checkpoint_every: int = 32
@@ -166,11 +176,12 @@ class StoreConfig:
     checkpoint_every: int = 64
     """Commits between full checkpoints of the manifest (opening replays at most this many)."""
     verify_bytes: int = 256 << 20
-    """Newest bytes of the store whose checksums are verified before a run is continued."""
+    """Newest bytes of the store whose checksums are verified before a run is continued; 0: none."""
 
     def __post_init__(self) -> None:
-        at_least("store.segment_rows", self.segment_rows, 1)
-        at_least("store.checkpoint_every", self.checkpoint_every, 1)
+        for key in ("segment_rows", "commit_bytes", "checkpoint_every"):
+            at_least(f"store.{key}", getattr(self, key), 1)
+        at_least("store.verify_bytes", self.verify_bytes, 0)
 
 
 @dataclass(frozen=True)
@@ -197,9 +208,9 @@ class ControlConfig:
         twice = [name for name in self.strategies if self.strategies.count(name) > 1]
         if twice:
             raise ValueError(f"control.strategies names {twice[0]!r} twice; name it once")
-        wrong = [rate for rate in self.learning_rates if not rate > 0]
+        wrong = [rate for rate in self.learning_rates if not 0 < rate < math.inf]
         if wrong:
-            raise ValueError(f"control.learning_rates has {wrong[0]:g}; give step sizes above 0")
+            raise ValueError(f"control.learning_rates has {wrong[0]:g}; give step sizes above 0 that are finite")
 
     def grid(self, lr: float) -> List[float]:
         """Step sizes to begin with.
@@ -243,63 +254,6 @@ class ComputeConfig:
         one_of("compute.device", self.device, ("auto", "cpu", "cuda"))
         one_of("compute.precision", self.precision, ("fp32", "bf16"))
         at_least("compute.threads", self.threads, 1)
-
-
-@dataclass(frozen=True)
-class TrackingConfig:
-    """MLflow."""
-
-    uri: Optional[str] = None
-    """Tracking server; empty: a SQLite database beside the runs."""
-    experiment: str = "circadian"
-    """Name of the experiment."""
-    model_name: str = "circadian"
-    """Name of the registered model; promoted releases become its versions, the live one is the alias champion."""
-
-
-@dataclass(frozen=True)
-class FailureConfig:
-    """Budgets: how often a part may die before the run gives up (each counted on its own)."""
-
-    learner: int = 3
-    """Restarts of the online learner."""
-    pool: int = 3
-    """Restarts of the consolidation pool, per round."""
-    services: int = 3
-    """Restarts of the experience service and the tracker together."""
-    call_timeout: float = 120.0
-    """Seconds after which a silent actor counts as dead."""
-
-
-@dataclass(frozen=True)
-class RayConfig:
-    """The Ray cluster the run lives on."""
-
-    address: Optional[str] = None
-    """An existing cluster; empty: one that the run starts here and stops again (or, inside a Ray job, the job's)."""
-    object_store_mb: int = 128
-    """Object store of a cluster started here."""
-    python: str = "python"
-    """Interpreter of the cluster that `circadian submit` starts the run with."""
-    learner_cpus: float = 0.5
-    """CPUs that the learner asks the cluster for."""
-    rank_cpus: float = 0.5
-    """CPUs that each rank of the pool, and each control, asks for."""
-    gpus: float = 1.0
-    """GPUs that the learner, each rank and each control ask for where compute.device is cuda."""
-    learner_resource: Optional[str] = None
-    """A custom resource that pins the learner to nodes of a kind (see ray_cluster.yaml)."""
-    pool_resource: Optional[str] = None
-    """A custom resource that pins the pool to nodes of a kind."""
-
-    def pool_bundle(self, gpu: bool) -> Dict[str, float]:
-        """What one rank of the pool asks the cluster for."""
-        bundle: Dict[str, float] = {"CPU": self.rank_cpus}
-        if gpu:
-            bundle["GPU"] = self.gpus
-        if self.pool_resource:
-            bundle[self.pool_resource] = 1.0
-        return bundle
 
 
 def _default_levels() -> Dict[str, LevelConfig]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from nl_model.config import DIVERGENCES, OptimizerConfig
-from pipelines.config.checks import at_least, inside, one_of, share
+from pipelines.config.checks import above, at_least, inside, one_of, share
 
 SAMPLERS = ("uniform", "recency", "surprise")
 GUIDES = ("recompute", "stored")
@@ -25,9 +25,10 @@ class ImitationConfig:
     semantic: float = 0.5
     """Share of the semantic reward (is the guide content with the text?); the rest is surface (edit distance)."""
     threshold: float = 0.5
-    """Nats per token by which the guide may find the student's text less likely than its own and still be content."""
+    """Nats per token by which the guide may find the student's text less likely than its own and still be content; 0:
+    none."""
     cutoff: int = 16
-    """Largest edit distance, in tokens, that earns a surface reward."""
+    """Largest edit distance, in tokens, that earns a surface reward; 0: none does."""
 
     def __post_init__(self) -> None:
         share("sleep.imitation.weight", self.weight)
@@ -50,7 +51,7 @@ class SleepConfig:
     slot_top_k: int = 0
     """slots: most slots that a router lets fire for a token; 0: no router, all count in full and folding is exact."""
     tokens_per_token: float = 0.5
-    """Tokens trained on asleep per token streamed awake since the last round."""
+    """Tokens trained on asleep per token streamed awake since the last round; 0: rounds train nothing."""
     epochs: float = 0.0
     """FLOPs of wake and sleep together per streamed token, in full training steps; decides tokens_per_token. 0: that
     key says it."""
@@ -141,6 +142,7 @@ class SleepConfig:
         at_least("sleep.average_every", self.average_every, 1)
         self._check_average()
         self._check_guides()
+        above("sleep.optimizer.lr", self.optimizer.lr, 0)
         # ZeRO hands an optimizer flat shards; of those that look at whole matrices, muon alone can work with them.
         one_of("sleep.optimizer.name", self.optimizer.name, ("adamw", "sgd", "muon"))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import List
 
-from pipelines.config.checks import at_least, one_of, share
+from pipelines.config.checks import above, at_least, one_of, share
 
 POLICIES = ("tokens", "time", "surprise", "saturation", "idle")
 BY_THE_CLOCK = ("time", "idle")
@@ -24,7 +24,7 @@ class WhenConfig:
     seconds: float = 3600.0
     """Seconds of wall time between rounds."""
     drift_slack: float = 0.5
-    """Shift of the online loss that is put up with, in standard deviations (half the shift to be found)."""
+    """Shift of the online loss that is put up with, in standard deviations (half the shift to be found); 0: none."""
     drift_threshold: float = 10.0
     """Accumulated excess over it that means a change, in standard deviations."""
     drift_warmup: int = 32
@@ -38,12 +38,12 @@ class WhenConfig:
         for policy in self.policies:
             one_of("when.policies", policy, POLICIES)
         share("when.least", self.least)
-        at_least("when.seconds", self.seconds, 0)
+        above("when.seconds", self.seconds, 0)
         at_least("when.drift_slack", self.drift_slack, 0)
-        at_least("when.drift_threshold", self.drift_threshold, 0)
+        above("when.drift_threshold", self.drift_threshold, 0)
         at_least("when.drift_warmup", self.drift_warmup, 2)
-        at_least("when.saturation", self.saturation, 0)
-        at_least("when.idle_seconds", self.idle_seconds, 0)
+        above("when.saturation", self.saturation, 0)
+        above("when.idle_seconds", self.idle_seconds, 0)
 
     def check_deterministic(self) -> None:
         """ValueError where a policy goes by the clock: a deterministic run cannot depend on it."""

@@ -109,7 +109,7 @@ def _empty(name: str, members: Sequence[Path], left_out: Sequence[Quarantined]) 
 
 def _find_files(text: str) -> Tuple[Path, List[Path]]:
     """The root that names are relative to, and the files below it in sorted order."""
-    path = Path(text).expanduser()
+    path = Path(text)
     if path.is_dir():
         found = [Path(folder) / name for folder, _, names in os.walk(path) for name in names]
         files = [file for file in found if file.suffix.lower() in EXTENSIONS]

@@ -20,6 +20,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
+from pipelines.report.tracking_uri import database_of
+
 # Set before mlflow is imported (lazily, it takes seconds); what the user exported wins.
 _DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -53,11 +55,6 @@ class Point(NamedTuple):
     value: float
     timestamp: int
     step: int
-
-
-def default_uri(root: Path) -> str:
-    """The SQLite database beside the runs, as a tracking URI. Artifacts belong beside it, in root/mlartifacts."""
-    return f"sqlite:///{Path(root).resolve() / 'mlflow.db'}"
 
 
 class Tracking:
@@ -258,8 +255,9 @@ class Tracking:
     def _connect(self) -> None:
         if self.run_id is not None:
             return
-        if self.uri.startswith("sqlite:///"):
-            Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        database = database_of(self.uri)
+        if database is not None:
+            database.parent.mkdir(parents=True, exist_ok=True)
         experiment_id = self._experiment_id()
         tags = {
             "circadian.run": self.run_name,

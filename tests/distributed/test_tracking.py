@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from pipelines.report import tracking
-from pipelines.report.tracking import ALIAS, Tracking, default_uri
+from pipelines.report.tracking import ALIAS, Tracking
+from pipelines.report.tracking_uri import default_uri
 
 NAME = "night-1"
 
@@ -67,6 +68,16 @@ def live_one_night(uri: str, run_dir: Path) -> Tracking:
     tracker.log_artifact(run_dir / "report.html")
     assert tracker.finish("FINISHED")
     return tracker
+
+
+def test_a_root_with_characters_of_uris_holds_its_database_and_nothing_lies_beside_it(tmp_path: Path) -> None:
+    run_dir = make_run_dir(tmp_path / "x" / "a?b 50%25#c")
+    uri = default_uri(run_dir.parent)
+    tracker = open_tracking(uri, run_dir)
+    assert tracker.finish("FINISHED")
+    assert client_of(uri).get_run(tracker.run_id).info.status == "FINISHED"
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["a?b 50%25#c"]
+    assert {path.name for path in run_dir.parent.iterdir()} == {NAME, "mlflow.db", "mlartifacts"}
 
 
 def test_mlflow_knows_the_whole_run(uri: str, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable, Dict, List
+from typing import Any, Callable, Dict, List
 
 import pytest
 
@@ -73,6 +73,39 @@ def test_levels_of_a_file_replace_the_default_ones(write: Callable[[str], str]) 
     assert list(config.levels) == ["quick", "calm"]
     assert config.levels["quick"] == LevelConfig(period=4096, width=9)
     assert list(load_config("default", ["levels.fast.width=9"]).levels) == ["fast", "medium", "slow"]
+
+
+@pytest.mark.parametrize(
+    ("given", "changed"),
+    [
+        ("", {}),
+        ("width: 7", {"width": 7}),
+        ("blocks: all", {"blocks": "all"}),
+        ("optimizer: {eps: 0.5}", {"optimizer": OptimizerConfig(eps=0.5)}),
+    ],
+)
+@pytest.mark.parametrize("name", list(Config().levels))
+def test_a_level_of_a_file_keeps_what_it_does_not_change(
+    write: Callable[[str], str], name: str, given: str, changed: Dict[str, Any]
+) -> None:
+    shipped = Config().levels
+    others = ", ".join(f"{other}: {{}}" for other in shipped if other != name)
+    config = load_config(write(f"levels: {{{others}, {name}: {{{given}}}}}"))
+    assert config.levels == {**shipped, name: replace(shipped[name], **changed)}
+    assert list(config.levels)[-1] == name, "in the order of the file"
+
+
+def test_the_levels_of_a_file_are_all_there_are_and_presets_start_from_defaults_too(
+    write: Callable[[str], str],
+) -> None:
+    file = write("levels: {fast: {period: 4096}, slow: {period: 32768, optimizer: {eps: 0.5}}, odd: {period: 8192}}")
+    config, shipped = load_config(file, ["levels.odd.width=9"]), Config().levels
+    assert list(config.levels) == ["fast", "slow", "odd"]
+    assert config.levels["fast"] == replace(shipped["fast"], period=4096)
+    assert config.levels["slow"] == replace(shipped["slow"], optimizer=OptimizerConfig(eps=0.5))
+    assert config.levels["odd"] == LevelConfig(period=8192, width=9)
+    micro = load_config(file, [], "micro")
+    assert micro.levels == load_config("default", [], "micro").levels, "a preset's levels replace those of a file"
 
 
 @pytest.mark.parametrize(
