@@ -27,15 +27,17 @@ CACHE = ".bases"
 def prepare_base(
     cfg: Config, run_dir: Path, setting: DataModule, runner: RoundRunner, emit: Callable[..., Any]
 ) -> Tuple[List[Sequence], float]:
-    """Make sure the run has a release 0; returns the base mixture (to be stored as experience) and the FLOPs spent."""
+    """Make sure the run has a release 0; returns the base mixture (to be stored as experience) and the FLOPs spent.
+
+    A checkpoint is not trained on the mixture, but has learned such text before: stored, it can be replayed.
+    """
     releases = runner.releases
-    if cfg.base.checkpoint is not None:
-        if 0 not in releases.numbers():
-            _from_checkpoint(cfg, setting, releases)
-            emit("base_finished", origin="checkpoint", tokens=0, seconds=0.0)
-        return [], 0.0
     sequences = base_sequences(setting.corpus, setting.tokenizer, cfg, setting.base_sources)
     if 0 in releases.numbers():
+        return sequences, 0.0
+    if cfg.base.checkpoint is not None:
+        _from_checkpoint(cfg, setting, releases)
+        emit("base_finished", origin="checkpoint", tokens=0, seconds=0.0)
         return sequences, 0.0
     start = time.perf_counter()
     cache = Releases(run_dir.parent / CACHE / base_hash(cfg, setting.base_sources, sequences))

@@ -95,7 +95,8 @@ class BaseConfig:
     checkpoint: Optional[str] = None
     """A release directory to start from; empty: pretrain a base on base.sources."""
     sources: List[str] = field(default_factory=list)
-    """Sources of the base mixture (also probed, and replayed asleep); empty: the first two of the stream."""
+    """Sources of the base mixture, which is pretrained on, probed, and replayed asleep; empty: the first two of the
+    stream. With base.checkpoint: text of what the checkpoint knows, probed and replayed; empty: none of it is."""
     max_source_bytes: int = 0
     """Bytes of each base source that are read; 0: as many as of the stream's."""
     tokens: int = 393216
