@@ -231,7 +231,7 @@ def open_installed(cfg: StreamConfig) -> Corpus:
     """The corpus that needs no data: the same for the same installation, in the same order, with the same probes.
 
     Files of a source are mixed by a hash of their names; the first make its probe, the rest, up to twice
-    `cfg.max_source_bytes`, its training text. Raises ValueError for names in `cfg.sources` that do not exist.
+    `cfg.limit`, its training text. Raises ValueError for names in `cfg.sources` that do not exist.
     """
     parts: Dict[str, SourceParts] = {}
     for source, finder in _FINDERS.items():
@@ -250,7 +250,7 @@ def _select(candidates: List[Part], cfg: StreamConfig) -> Optional[SourceParts]:
     probe_size = train_size = 0
     seen: Set[str] = set()
     for part in candidates:
-        if cfg.max_source_bytes and train_size >= 2 * cfg.max_source_bytes:
+        if cfg.limit and train_size >= 2 * cfg.limit:
             break
         text = "".join(row.text for row in part.rows())
         size = len(text.encode("utf-8"))
