@@ -57,15 +57,16 @@ def run(arguments: Optional[List[str]] = ARGUMENTS) -> None:
 def validate(arguments: Optional[List[str]] = ARGUMENTS) -> None:
     """Check a configuration and its data, forecast the memory, write nothing."""
     cfg = read_config(arguments)
+    from cluster.data_view import show_data  # noqa: PLC0415
     from cluster.driver.forecast import forecast  # noqa: PLC0415
+    from pipelines.data.facts import data_facts  # noqa: PLC0415
     from pipelines.data.module import open_data  # noqa: PLC0415
 
     setting = open_data(cfg)
     setting.probes()
     console = Console()
     console.print(to_yaml(cfg), markup=False, highlight=False)
-    console.print(f"base sources    {', '.join(setting.base_sources) or 'none'}")
-    console.print(f"stream sources  {', '.join(setting.stream_sources)}")
+    show_data(console, data_facts(setting))
     console.print(f"stream tokens   about {setting.stream().estimate_tokens():,}")
     console.print(forecast(cfg, setting.tokenizer.vocab_size))
     console.print("configuration and data are fine")

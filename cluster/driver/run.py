@@ -21,6 +21,7 @@ from rich.console import Console
 
 from cluster.actors.tracking_arguments import tracking_arguments
 from cluster.actors.tracking_client import TrackingClient
+from cluster.data_view import show_data
 from cluster.driver.coordinator import Coordinator
 from cluster.driver.failures import RunFailed, Stopped
 from cluster.driver.history import hold_lock
@@ -30,6 +31,7 @@ from nl_model.model import resolve_device
 from nl_model.weights import write_durably
 from pipelines.config.load import differences, load_config, to_yaml
 from pipelines.config.schema import Config
+from pipelines.data.facts import data_facts
 from pipelines.data.module import DataModule, open_data
 from pipelines.experience import verify_recent
 from pipelines.report.events import EventLog
@@ -105,6 +107,7 @@ def run(cfg: Config, console: Console) -> int:
         resumed = check_run_dir(run_dir, cfg)
         setting = open_data(cfg)
         setting.probes()
+        show_data(console, data_facts(setting))
         with create_run_dir(run_dir, cfg), LiveView(cfg.run.name, console) as view:
             keep_tokenizer(run_dir, setting.tokenizer)
             log, guard = EventLog(run_dir / "events.jsonl"), threading.Lock()
