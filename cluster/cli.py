@@ -58,12 +58,14 @@ def validate(arguments: Optional[List[str]] = ARGUMENTS) -> None:
     """Check a configuration and its data, forecast the memory, write nothing."""
     cfg = read_config(arguments)
     from cluster.data_view import show_data  # noqa: PLC0415
+    from cluster.driver.checkpoint import check_checkpoint  # noqa: PLC0415
     from cluster.driver.forecast import forecast  # noqa: PLC0415
     from pipelines.data.facts import data_facts  # noqa: PLC0415
     from pipelines.data.module import open_data  # noqa: PLC0415
 
     setting = open_data(cfg)
     setting.probes()
+    check_checkpoint(cfg, Path(cfg.run.root) / cfg.run.name, setting.tokenizer)
     console = Console()
     console.print(to_yaml(cfg), markup=False, highlight=False)
     show_data(console, data_facts(setting))

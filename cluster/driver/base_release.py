@@ -10,9 +10,10 @@ from typing import Any, Callable, Dict, List, Tuple
 import torch
 from torch import Tensor
 
+from cluster.driver.checkpoint import check_tensors
 from cluster.pool.group import WorkerGroup
 from cluster.pool.rounds import RoundRunner
-from cluster.storage.releases import Release, Releases, load_release, shards_fingerprint, split, write_shard
+from cluster.storage.releases import Release, Releases, layout, load_release, shards_fingerprint, split, write_shard
 from nl_model.model import NestedLM
 from nl_model.weights import load_into, sync
 from pipelines.config.schema import Config
@@ -77,14 +78,9 @@ def _copy(source: Path, releases: Releases) -> None:
 def _from_checkpoint(cfg: Config, setting: DataModule, releases: Releases) -> None:
     """Turn a release of another run into release 0 of this one; levels it lacks start neutral."""
     assert cfg.base.checkpoint is not None
+    check_tensors(cfg, setting.tokenizer.vocab_size, layout(Path(cfg.base.checkpoint)))
     weights = split(load_release(Path(cfg.base.checkpoint)), "weight")
     model = NestedLM(cfg.model, cfg.levels, setting.tokenizer.vocab_size).reset_parameters(cfg.run.seed)
-    missing = [n for n in model.owned_by("pool") if n not in weights]
-    if missing:
-        raise ValueError(
-            f"base.checkpoint={cfg.base.checkpoint} lacks {missing[0]!r} and {len(missing) - 1} more parameters of the "
-            "pool's levels; use the model and levels it was made with"
-        )
     load_into(model, weights)
     whole = {name: p.detach() for name, p in model.named_parameters()}
     _publish(cfg, setting, releases, whole, cfg.base.checkpoint)

@@ -22,6 +22,7 @@ from rich.console import Console
 from cluster.actors.tracking_arguments import tracking_arguments
 from cluster.actors.tracking_client import TrackingClient
 from cluster.data_view import show_data
+from cluster.driver.checkpoint import check_checkpoint
 from cluster.driver.coordinator import Coordinator
 from cluster.driver.failures import RunFailed, Stopped
 from cluster.driver.history import hold_lock
@@ -107,6 +108,7 @@ def run(cfg: Config, console: Console) -> int:
         resumed = check_run_dir(run_dir, cfg)
         setting = open_data(cfg)
         setting.probes()
+        check_checkpoint(cfg, run_dir, setting.tokenizer)
         show_data(console, data_facts(setting))
         with create_run_dir(run_dir, cfg), LiveView(cfg.run.name, console) as view:
             keep_tokenizer(run_dir, setting.tokenizer)
