@@ -25,6 +25,7 @@ from cluster.data_view import show_data
 from cluster.driver.checkpoint import check_checkpoint
 from cluster.driver.coordinator import Coordinator
 from cluster.driver.failures import RunFailed, Stopped
+from cluster.driver.finished import keep_data, keep_finished, read_finished, tell_finished
 from cluster.driver.history import hold_lock
 from cluster.live import LiveView
 from cluster.storage.export import keep_tokenizer
@@ -106,12 +107,17 @@ def run(cfg: Config, console: Console) -> int:
             resolve_device(cfg.compute.device)
         run_dir = Path(cfg.run.root).resolve() / cfg.run.name
         resumed = check_run_dir(run_dir, cfg)
+        if resumed and (finished := read_finished(run_dir)) is not None:
+            tell_finished(console, cfg, run_dir, finished)
+            return 0
         setting = open_data(cfg)
         setting.probes()
         check_checkpoint(cfg, run_dir, setting.tokenizer)
-        show_data(console, data_facts(setting))
+        facts = data_facts(setting)
+        show_data(console, facts)
         with create_run_dir(run_dir, cfg), LiveView(cfg.run.name, console) as view:
             keep_tokenizer(run_dir, setting.tokenizer)
+            keep_data(run_dir, facts)
             log, guard = EventLog(run_dir / "events.jsonl"), threading.Lock()
 
             def emit(event: str, **fields: Any) -> Any:
@@ -164,7 +170,8 @@ def _drive(
         emit("finished", seconds=time.perf_counter() - start)
         artifacts = [run_dir / "config.yaml", run_dir / "summary.json", report, *sorted(run_dir.glob("*.png"))]
         tracking.log_metrics(_headline(summary), int(summary["tokens_streamed"]))
-        tracking.finish("FINISHED", artifacts, cfg.failures.call_timeout)
+        if tracking.finish("FINISHED", artifacts, cfg.failures.call_timeout):
+            keep_finished(run_dir, coordinator.state)
     except (Stopped, SystemExit):  # the latter from the handler that Ray has in place while it starts
         leave()
     except Exception as error:  # what Ray raises when its processes end under it, once a stop was asked for
