@@ -6,15 +6,17 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import List, Optional, Tuple
+from typing import List, NoReturn, Optional, Tuple
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cluster.config_cli import config_app
 from pipelines.config.load import load_config, to_yaml
 from pipelines.config.schema import Config
+from pipelines.data.printable import printable
 
 app = typer.Typer(
     name="circadian",
@@ -59,15 +61,18 @@ def run(arguments: Optional[List[str]] = ARGUMENTS) -> None:
 def validate(arguments: Optional[List[str]] = ARGUMENTS) -> None:
     """Check a configuration and its data, forecast the memory, write nothing."""
     cfg = read_config(arguments)
+    from cluster.data_view import show_data  # noqa: PLC0415
+    from cluster.driver.checkpoint import check_checkpoint  # noqa: PLC0415
     from cluster.driver.forecast import forecast  # noqa: PLC0415
+    from pipelines.data.facts import data_facts  # noqa: PLC0415
     from pipelines.data.module import open_data  # noqa: PLC0415
 
     setting = open_data(cfg)
     setting.probes()
+    check_checkpoint(cfg, Path(cfg.run.root) / cfg.run.name, setting.tokenizer)
     console = Console()
     console.print(to_yaml(cfg), markup=False, highlight=False)
-    console.print(f"base sources    {', '.join(setting.base_sources) or 'none'}")
-    console.print(f"stream sources  {', '.join(setting.stream_sources)}")
+    show_data(console, data_facts(setting))
     console.print(f"stream tokens   about {setting.stream().estimate_tokens():,}")
     console.print(forecast(cfg, setting.tokenizer.vocab_size))
     console.print("configuration and data are fine")
@@ -94,7 +99,7 @@ def report(run_dir: Path = typer.Argument(..., help="A run directory.")) -> None
     page = write_report(run_dir)
     console = Console()
     console.print(render_summary_table(json.loads((run_dir / "summary.json").read_text())))
-    console.print(f"report: {page}")
+    console.print(f"report: {page}", markup=False)
 
 
 @app.command()
@@ -191,7 +196,7 @@ def store_ls(path: Path = typer.Argument(..., metavar="DIR", help="An experience
 
     table = Table("segment", "rows", "bytes", "sealed", "keys", "sources")
     for entry in list_store(path):
-        sources = ", ".join(f"{name} {rows:,}" for name, rows in sorted(entry.sources.items()))
+        sources = ", ".join(f"{printable(name)} {rows:,}" for name, rows in sorted(entry.sources.items()))
         keys = f"{entry.min_key} .. {entry.max_key}"
         table.add_row(
             f"{entry.segment:08d}",
@@ -199,7 +204,7 @@ def store_ls(path: Path = typer.Argument(..., metavar="DIR", help="An experience
             f"{entry.bytes:,}",
             "yes" if entry.sealed else "no",
             keys,
-            sources,
+            Text(sources),
         )
     Console().print(table)
 
@@ -217,7 +222,7 @@ def store_verify(path: Path = typer.Argument(..., metavar="DIR", help="An experi
         f"orphan bytes {found.orphan_bytes:,}"
     )
     for error in found.errors:
-        console.print(f"[red]{error}[/red]")
+        console.print(Text(printable(error), style="red"))
     raise typer.Exit(0 if found.ok else 1)
 
 
@@ -242,19 +247,23 @@ def version() -> None:
         typer.echo(f"{name} {number}")
 
 
+def _refuse(error: Exception, status: int) -> NoReturn:
+    """Say what is wrong, and exit. Names in it may come from data; new lines are those of the message."""
+    print(f"error: {printable(error, keep=chr(10))}", file=sys.stderr)
+    sys.exit(status)
+
+
 def main() -> None:
     """Entry point: errors of users become one line and exit status 2, a run that failed exit status 1."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         app()
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(error, 2)
     except RuntimeError as error:
         if type(error).__name__ not in ("RunFailed", "PoolError"):
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        _refuse(error, 1)
 
 
 if __name__ == "__main__":

@@ -78,16 +78,18 @@ class TrackingClient:
         digest = releases.read(number).fingerprint
         self._send("register_release", str(releases.directory(number)), number, None, digest)
 
-    def finish(self, status: str, artifacts: List[Path], timeout: float) -> None:
-        """Write all that is left and end the parent run; waits for it, but not longer than `timeout` seconds."""
+    def finish(self, status: str, artifacts: List[Path], timeout: float) -> bool:
+        """Write all that is left and end the parent run; waits for it, but not longer than `timeout` seconds. Returns
+        whether MLflow took everything."""
         self._reap()
         try:
             [complete] = results([self.actor.finish.remote(status, [str(path) for path in artifacts])], timeout)
         except (RayError, GetTimeoutError) as error:
             logger.warning("tracking is incomplete: %s; look at tracking.uri", describe(error))
-            return
+            return False
         if not complete:
             logger.warning("tracking is incomplete: MLflow did not take everything; look at tracking.uri")
+        return bool(complete)
 
 
 def _gate_metrics(record: Dict[str, Any]) -> Dict[str, float]:

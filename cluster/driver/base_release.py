@@ -11,16 +11,17 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 from torch import Tensor
 
+from cluster.driver.checkpoint import check_tensors
 from cluster.pool.group import WorkerGroup
 from cluster.pool.rounds import RoundRunner
-from cluster.storage.releases import Release, Releases, load_release, shards_fingerprint, write_shard
+from cluster.storage.releases import Release, Releases, layout, load_release, shards_fingerprint, write_shard
 from nl_model.model import NestedLM
 from nl_model.weights import join, load_into, split, sync
 from pipelines.config.schema import Config
 from pipelines.data.module import DataModule
 from pipelines.data.stream import Sequence
 from pipelines.sleep.base import base_hash, base_sequences
-from pipelines.wake.writes import no_offset
+from pipelines.wake.writes import learner_writes, no_offset
 
 CACHE = ".bases"
 LOCK = "lock"
@@ -29,15 +30,17 @@ LOCK = "lock"
 def prepare_base(
     cfg: Config, run_dir: Path, setting: DataModule, runner: RoundRunner, emit: Callable[..., Any]
 ) -> Tuple[List[Sequence], float]:
-    """Make sure the run has a release 0; returns the base mixture (to be stored as experience) and the FLOPs spent."""
+    """Make sure the run has a release 0; returns the base mixture (to be stored as experience) and the FLOPs spent.
+
+    A checkpoint is not trained on the mixture, but has learned such text before: stored, it can be replayed.
+    """
     releases = runner.releases
-    if cfg.base.checkpoint is not None:
-        if 0 not in releases.numbers():
-            _from_checkpoint(cfg, setting, releases)
-            emit("base_finished", origin="checkpoint", tokens=0, seconds=0.0)
-        return [], 0.0
     sequences = base_sequences(setting.corpus, setting.tokenizer, cfg, setting.base_sources)
     if 0 in releases.numbers():
+        return sequences, 0.0
+    if cfg.base.checkpoint is not None:
+        _from_checkpoint(cfg, setting, releases)
+        emit("base_finished", origin="checkpoint", tokens=0, seconds=0.0)
         return sequences, 0.0
     start = time.perf_counter()
     cache = Releases(run_dir.parent / CACHE / base_hash(cfg, setting.base_sources, sequences))
@@ -97,14 +100,9 @@ def _copy(source: Path, releases: Releases) -> None:
 def _from_checkpoint(cfg: Config, setting: DataModule, releases: Releases) -> None:
     """Turn a release of another run into release 0 of this one; levels it lacks start neutral."""
     assert cfg.base.checkpoint is not None
+    check_tensors(cfg, setting.tokenizer.vocab_size, layout(Path(cfg.base.checkpoint)))
     weights = split(load_release(Path(cfg.base.checkpoint)), "weight")
     model = NestedLM(cfg.model, cfg.levels, setting.tokenizer.vocab_size).reset_parameters(cfg.run.seed)
-    missing = [n for n in model.owned_by("pool") if n not in weights]
-    if missing:
-        raise ValueError(
-            f"base.checkpoint={cfg.base.checkpoint} lacks {missing[0]!r} and {len(missing) - 1} more parameters of the "
-            "pool's levels; use the model and levels it was made with"
-        )
     load_into(model, weights)
     whole = {name: p.detach() for name, p in model.named_parameters()}
     _publish(cfg, setting, releases, whole, cfg.base.checkpoint)

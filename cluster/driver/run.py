@@ -21,8 +21,11 @@ from rich.console import Console
 
 from cluster.actors.tracking_arguments import tracking_arguments
 from cluster.actors.tracking_client import TrackingClient
+from cluster.data_view import show_data
+from cluster.driver.checkpoint import check_checkpoint
 from cluster.driver.coordinator import Coordinator
 from cluster.driver.failures import RunFailed, Stopped
+from cluster.driver.finished import keep_data, keep_finished, read_finished, tell_finished
 from cluster.driver.history import hold_lock
 from cluster.live import LiveView
 from cluster.storage.export import keep_tokenizer
@@ -30,7 +33,9 @@ from nl_model.model import resolve_device
 from nl_model.weights import write_durably
 from pipelines.config.load import differences, load_config, to_yaml
 from pipelines.config.schema import Config
+from pipelines.data.facts import data_facts
 from pipelines.data.module import DataModule, open_data
+from pipelines.data.printable import printable_values
 from pipelines.experience import verify_recent
 from pipelines.report.events import EventLog
 
@@ -103,16 +108,23 @@ def run(cfg: Config, console: Console) -> int:
             resolve_device(cfg.compute.device)
         run_dir = Path(cfg.run.root).resolve() / cfg.run.name
         resumed = check_run_dir(run_dir, cfg)
+        if resumed and (finished := read_finished(run_dir)) is not None:
+            tell_finished(console, cfg, run_dir, finished)
+            return 0
         setting = open_data(cfg)
         setting.probes()
+        check_checkpoint(cfg, run_dir, setting.tokenizer)
+        facts = data_facts(setting)
+        show_data(console, facts)
         with create_run_dir(run_dir, cfg), LiveView(cfg.run.name, console) as view:
             keep_tokenizer(run_dir, setting.tokenizer)
+            keep_data(run_dir, facts)
             log, guard = EventLog(run_dir / "events.jsonl"), threading.Lock()
 
             def emit(event: str, **fields: Any) -> Any:
                 with guard:
                     entry = log.emit(event, **fields)
-                    view.handle(entry)
+                    view.handle(printable_values(entry))
                 return entry
 
             return _drive(cfg, run_dir, setting, emit, signals, resumed, console)
@@ -134,7 +146,7 @@ def _drive(
 
     def leave() -> None:
         emit("stopped", reason="asked to stop", tokens=_position(signals))
-        console.print(f"stopped; everything is committed. The same command continues {run_dir}")
+        console.print(f"stopped; everything is committed. The same command continues {run_dir}", markup=False)
         _leave_at_once()
 
     try:
@@ -159,7 +171,8 @@ def _drive(
         emit("finished", seconds=time.perf_counter() - start)
         artifacts = [run_dir / "config.yaml", run_dir / "summary.json", report, *sorted(run_dir.glob("*.png"))]
         tracking.log_metrics(_headline(summary), int(summary["tokens_streamed"]))
-        tracking.finish("FINISHED", artifacts, cfg.failures.call_timeout)
+        if tracking.finish("FINISHED", artifacts, cfg.failures.call_timeout):
+            keep_finished(run_dir, coordinator.state)
     except (Stopped, SystemExit):  # the latter from the handler that Ray has in place while it starts
         leave()
     except Exception as error:  # what Ray raises when its processes end under it, once a stop was asked for
@@ -170,7 +183,7 @@ def _drive(
         leave()
     ray.shutdown()
     console.print(render_summary_table(summary))
-    console.print(f"report: {report}")
+    console.print(f"report: {report}", markup=False)
     return 0
 
 

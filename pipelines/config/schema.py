@@ -21,6 +21,8 @@ WRITES = ("fast", "none", "all")
 MOST_RECALL = 1 << 30
 LARGEST_SEED = (1 << 31) - 1
 """What every generator of random numbers takes."""
+SHIPPED_SOURCE_BYTES = 196608
+"""Bytes of each source of the installation's own texts that are streamed where nothing is said."""
 TOKENIZERS = ("byte", "bpe")
 
 
@@ -77,8 +79,8 @@ class StreamConfig:
     """sequential: one source after the other. mixed: all at once. soft: neighbours overlap by stream.transition."""
     transition: int = 65536
     """Tokens over which a soft schedule moves from one source to the next."""
-    max_source_bytes: int = 196608
-    """Most bytes streamed per source; 0: no limit."""
+    max_source_bytes: int = -1
+    """Most bytes streamed per source; 0: no limit. -1: 196608 of the installation's texts, all of your own."""
     probe_bytes: int = 8192
     """Held-out bytes per source used as its probe."""
     text_field: str = "text"
@@ -92,9 +94,16 @@ class StreamConfig:
         object.__setattr__(self, "path", from_home("stream.path", self.path))
         one_of("stream.schedule", self.schedule, SCHEDULES)
         at_least("stream.transition", self.transition, 1)
-        at_least("stream.max_source_bytes", self.max_source_bytes, 0)
+        at_least("stream.max_source_bytes", self.max_source_bytes, -1)
         at_least("stream.probe_bytes", self.probe_bytes, 1)
         at_least("stream.max_document_bytes", self.max_document_bytes, 1)
+
+    @property
+    def limit(self) -> int:
+        """Most bytes streamed per source, decided; 0: no limit."""
+        if self.max_source_bytes >= 0:
+            return self.max_source_bytes
+        return 0 if self.path else SHIPPED_SOURCE_BYTES
 
 
 @dataclass(frozen=True)
@@ -104,9 +113,10 @@ class BaseConfig:
     checkpoint: Optional[str] = None
     """A release directory to start from; empty: pretrain a base on base.sources."""
     sources: List[str] = field(default_factory=list)
-    """Sources of the base mixture (also probed, and replayed asleep); empty: the first two of the stream."""
+    """Sources of the base mixture, which is pretrained on, probed, and replayed asleep; empty: the first two of the
+    stream. With base.checkpoint: text of what the checkpoint knows, probed and replayed; empty: none of it is."""
     max_source_bytes: int = 0
-    """Bytes of each base source that are read; 0: as many as of the stream's."""
+    """Bytes of each base source that are read, all of them held in memory; 0: as many as of the stream's."""
     tokens: int = 393216
     """Tokens of base pretraining, over repeated passes of the mixture; 0: the base is not trained."""
     batch: int = 8
@@ -298,6 +308,8 @@ class Config:
             )
         if self.run.deterministic:
             self.when.check_deterministic()
+        # Decided here, not in its section: a default that was built before it knew its path must not pass for a choice.
+        object.__setattr__(self, "stream", replace(self.stream, max_source_bytes=self.stream.limit))
         if not self.wake.batch:
             object.__setattr__(self, "wake", replace(self.wake, batch=self._read_per_write()))
         step_tokens = self.wake.batch * self.model.context

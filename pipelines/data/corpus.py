@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import glob
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +11,13 @@ import numpy as np
 
 from pipelines.config.schema import StreamConfig
 from pipelines.data.documents import Corpus, Document, Quarantined, SourceParts, check_sources, keyed_order
+from pipelines.data.files import EMPTY, EXTENSIONS, Skipped, find_files, name_of
 from pipelines.data.installed import open_installed
 from pipelines.data.parquet import ParquetPart, survey_parquet
 from pipelines.data.readers import BLOCK_BYTES, Fields, JsonlPart, Part, TextPart, read_error, survey_jsonl
 
 __all__ = ["EXTENSIONS", "Corpus", "Document", "Quarantined", "open_corpus"]
 
-EXTENSIONS = (".txt", ".md", ".jsonl", ".parquet")
 _HELD_OUT_NAME = re.compile(r"(valid(ation)?|test|held[-_]?out)(?![a-z])", re.IGNORECASE)
 _SURVEY_ROWS = 4096
 _FEWEST_DOCUMENTS = 16
@@ -72,9 +70,10 @@ def open_corpus(cfg: StreamConfig) -> Corpus:
     """
     if cfg.path is None:
         return open_installed(cfg)
-    root, files = _find_files(cfg.path)
+    found_files = find_files(cfg.path)
+    root, skipped = found_files.root, Skipped()
     groups: Dict[str, List[Path]] = {}
-    for path in files:
+    for path in found_files.files:
         inner = path.relative_to(root).parts
         groups.setdefault(inner[0] if len(inner) > 1 else path.stem, []).append(path)
     tallies: Dict[str, List[_Tally]] = {}
@@ -83,8 +82,10 @@ def open_corpus(cfg: StreamConfig) -> Corpus:
         left_out: List[Quarantined] = []
         usable = 0
         for path in members:
-            found, problems = _survey(path, _name(path, root), name, len(members) == 1, cfg)
+            found, problems = _survey(path, name_of(path, root), name, len(members) == 1, cfg)
             left_out += problems
+            if not found and not problems:
+                skipped.add(EMPTY, name_of(path, root))
             for source, tally in found.items():
                 tallies.setdefault(source, []).append(tally)
                 usable += tally.count
@@ -95,6 +96,7 @@ def open_corpus(cfg: StreamConfig) -> Corpus:
         {source: _divide(found, cfg.probe_bytes) for source, found in tallies.items()},
         cfg.max_document_bytes,
         quarantined,
+        (*found_files.passed_over, *skipped.counted()),
     )
     check_sources(corpus, cfg)
     return corpus
@@ -105,38 +107,6 @@ def _empty(name: str, members: Sequence[Path], left_out: Sequence[Quarantined]) 
     files = ", ".join(str(path) for path in members[:3]) + (", ..." if len(members) > 3 else "")
     size = sum(path.stat().st_size for path in members)
     return ValueError(f"source {name!r} has no usable document ({files}: {size} bytes{reason}); remove or fill it")
-
-
-def _find_files(text: str) -> Tuple[Path, List[Path]]:
-    """The root that names are relative to, and the files below it in sorted order."""
-    path = Path(text)
-    if path.is_dir():
-        found = [Path(folder) / name for folder, _, names in os.walk(path) for name in names]
-        files = [file for file in found if file.suffix.lower() in EXTENSIONS]
-        root = path
-        if not files:
-            raise ValueError(
-                f"stream.path={text!r} holds no {', '.join(EXTENSIONS)} file; "
-                "convert the data, or give a glob such as 'DIR/**/*.py' for plain text of another name"
-            )
-    elif path.is_file():
-        files, root = [path], path.parent
-    elif glob.has_magic(str(path)):
-        files = [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
-        root = Path(*path.parts[: next(i for i, part in enumerate(path.parts) if glob.has_magic(part))])
-        if not files:
-            raise ValueError(f"stream.path={text!r} matches no file; check the pattern (** goes into subdirectories)")
-    else:
-        raise ValueError(f"stream.path={text!r} does not exist; give a directory, a file or a glob")
-    visible = [file for file in files if not any(part.startswith(".") for part in file.relative_to(root).parts)]
-    if not visible:
-        raise ValueError(f"stream.path={text!r} holds hidden files only; rename them")
-    # Beside a train file, others of a folder ("more", "extra") come second.
-    return root, sorted(set(visible), key=lambda file: (not file.stem.startswith("train"), _name(file, root)))
-
-
-def _name(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix()
 
 
 def _survey(
@@ -224,7 +194,9 @@ def _divide(tallies: List[_Tally], wanted: int) -> SourceParts:
             break
         chosen.add((number, position))
         size += length
-    return SourceParts(tuple(tally.part for tally in train), (), frozenset(chosen), total - size)
+    count = sum(tally.count for tally in train) - len(chosen)
+    parts = tuple(tally.part for tally in train)
+    return SourceParts(parts, (), frozenset(chosen), total - size, count, size, len(chosen))
 
 
 def _parts(train: List[_Tally], probes: List[_Tally]) -> SourceParts:
@@ -232,4 +204,7 @@ def _parts(train: List[_Tally], probes: List[_Tally]) -> SourceParts:
         tuple(tally.part for tally in train),
         tuple(tally.part for tally in probes),
         size=sum(tally.size for tally in train),
+        documents=sum(tally.count for tally in train),
+        held_size=sum(tally.size for tally in probes),
+        held_documents=sum(tally.count for tally in probes),
     )

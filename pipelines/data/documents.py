@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Dict, FrozenSet, Iterable, Iterator, List, Mapping, Optional, Tuple
 
 from pipelines.config.schema import StreamConfig
+from pipelines.data.files import PassedOver
 from pipelines.data.readers import Part, Row, too_long
 
 _STRIDE = 1 << 40
@@ -46,6 +47,13 @@ class SourceParts:
     """Held-out documents within `train`: (number of the part, position of the row)."""
     size: int = 0
     """Bytes of training text, approximately."""
+    documents: int = 0
+    """Training documents."""
+    held_size: int = 0
+    """Bytes of held-out text, approximately."""
+    held_documents: int = 0
+    more: bool = False
+    """Whether there is training text beyond what was counted."""
 
 
 def unknown_name(key: str, name: str, known: Iterable[str]) -> ValueError:
@@ -65,12 +73,18 @@ class Corpus:
     """Named sources of documents. Reads files when asked, a document at a time; nothing is kept but positions."""
 
     def __init__(
-        self, parts: Mapping[str, SourceParts], max_document_bytes: int, quarantined: Iterable[Quarantined] = ()
+        self,
+        parts: Mapping[str, SourceParts],
+        max_document_bytes: int,
+        quarantined: Iterable[Quarantined] = (),
+        passed_over: Iterable[PassedOver] = (),
     ) -> None:
         self._parts = dict(parts)
         self._limit = max_document_bytes
         self._quarantined: Dict[str, Quarantined] = {item.origin: item for item in quarantined}
         self.sources: Tuple[str, ...] = tuple(sorted(self._parts))
+        self.passed_over = tuple(passed_over)
+        """Files below the path that are not read, by kind."""
 
     @property
     def quarantined(self) -> List[Quarantined]:
@@ -80,6 +94,10 @@ class Corpus:
     def size(self, source: str) -> int:
         """Bytes of training text of a source, approximately."""
         return self._of(source).size
+
+    def parts(self, source: str) -> SourceParts:
+        """What a source is made of, and how much that is; ValueError for one that does not exist."""
+        return self._of(source)
 
     def documents(self, source: str, start: int = 0) -> Iterator[Tuple[int, Document]]:
         """Training documents from index `start` (0 or an index met before) to the end, with their indices.

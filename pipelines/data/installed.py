@@ -231,7 +231,7 @@ def open_installed(cfg: StreamConfig) -> Corpus:
     """The corpus that needs no data: the same for the same installation, in the same order, with the same probes.
 
     Files of a source are mixed by a hash of their names; the first make its probe, the rest, up to twice
-    `cfg.max_source_bytes`, its training text. Raises ValueError for names in `cfg.sources` that do not exist.
+    `cfg.limit`, its training text. Raises ValueError for names in `cfg.sources` that do not exist.
     """
     parts: Dict[str, SourceParts] = {}
     for source, finder in _FINDERS.items():
@@ -248,9 +248,11 @@ def _select(candidates: List[Part], cfg: StreamConfig) -> Optional[SourceParts]:
     probe: List[Part] = []
     train: List[Part] = []
     probe_size = train_size = 0
+    more = False
     seen: Set[str] = set()
     for part in candidates:
-        if cfg.max_source_bytes and train_size >= 2 * cfg.max_source_bytes:
+        if cfg.limit and train_size >= 2 * cfg.limit:
+            more = True
             break
         text = "".join(row.text for row in part.rows())
         size = len(text.encode("utf-8"))
@@ -262,7 +264,10 @@ def _select(candidates: List[Part], cfg: StreamConfig) -> Optional[SourceParts]:
         else:
             train.append(part)
             train_size += size
-    return SourceParts(tuple(train), tuple(probe), size=train_size) if train else None
+    if not train:
+        return None
+    counts = (len(train), probe_size, len(probe), more)
+    return SourceParts(tuple(train), tuple(probe), frozenset(), train_size, *counts)
 
 
 def _is_copy(text: str, seen: Set[str]) -> bool:

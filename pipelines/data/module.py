@@ -20,7 +20,7 @@ class DataModule:
     corpus: Corpus
     tokenizer: Tokenizer
     base_sources: List[str]
-    """Sources of the base mixture; empty where the run starts from a checkpoint."""
+    """Sources of the base mixture; of a run that starts from a checkpoint, those that base.sources names."""
     stream_sources: List[str]
     """Sources of the stream, in order."""
 

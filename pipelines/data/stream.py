@@ -255,15 +255,15 @@ class Stream:
 
     def _estimate(self, source: str) -> float:
         size = self._corpus.size(source)
-        if self._cfg.max_source_bytes:
-            size = min(size, self._cfg.max_source_bytes)
+        if self._cfg.limit:
+            size = min(size, self._cfg.limit)
         sample = next((d.text[:_SAMPLE_CHARACTERS] for _, d in self._corpus.documents(source)), "")
         length = len(sample.encode("utf-8"))
         return size * len(self._tokenizer.encode(sample)) / length if length else 0.0
 
     def _draw(self) -> Optional[Tuple[Sequence, Tuple[int, int, int, int]]]:
         """The sequence with the next key, and its source's place behind it; None at the end."""
-        limit = self._cfg.max_source_bytes
+        limit = self._cfg.limit
         alive = self._alive(limit)
         if not any(alive):
             return None

@@ -24,8 +24,13 @@ from pipelines.sleep.training import ALONE, Batch, Place
 
 
 def base_sequences(corpus: Corpus, tokenizer: Tokenizer, cfg: Config, sources: List[str]) -> List[Sequence]:
-    """All sequences of the base sources, mixed; the same for the same corpus and configuration."""
-    limit = cfg.base.max_source_bytes or cfg.stream.max_source_bytes
+    """All sequences of the base sources, mixed; the same for the same corpus and configuration.
+
+    None where a checkpoint comes without base sources: what it was trained on is then not at hand.
+    """
+    if cfg.base.checkpoint is not None and not sources:
+        return []
+    limit = cfg.base.max_source_bytes or cfg.stream.limit
     mixed = replace(cfg.stream, schedule="mixed", sources=[], max_source_bytes=limit)
     stream = Stream(corpus, tokenizer, mixed, cfg.model.context, sources, cfg.run.seed)
     sequences: List[Sequence] = []

@@ -9,7 +9,15 @@ from typing import Any, Callable, Dict, List
 import pytest
 
 from nl_model.config import LevelConfig, OptimizerConfig
-from pipelines.config.load import config_hash, differences, load_config, presets, shipped_configs, to_yaml
+from pipelines.config.load import (
+    config_hash,
+    differences,
+    load_config,
+    presets,
+    shipped_configs,
+    to_yaml,
+    with_strategy,
+)
 from pipelines.config.schema import Config, ControlConfig, PoolConfig, RunSection, SleepConfig, WakeConfig
 
 LEVELS = """
@@ -43,6 +51,28 @@ def test_every_shipped_configuration_is_valid() -> None:
     assert {"default", "smoke"} <= set(shipped_configs())
     for name in shipped_configs():
         assert load_config(name).run.name == name
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "limit"),
+    [
+        ("default", [], 196_608),
+        ("default", ["stream.path=/texts"], 0),
+        ("default", ["stream.path=/texts", "stream.max_source_bytes=-1"], 0),
+        ("default", ["stream.path=/texts", "stream.max_source_bytes=196608"], 196_608),
+        ("default", ["stream.max_source_bytes=0"], 0),
+        ("smoke", [], 12_288),
+        ("smoke", ["stream.path=/texts"], 12_288),
+    ],
+)
+def test_text_of_ones_own_is_read_whole_where_no_limit_is_given(
+    write: Callable[[str], str], name: str, overrides: List[str], limit: int
+) -> None:
+    config = load_config(name, overrides)
+    assert config.stream.max_source_bytes == config.stream.limit == limit, "what is printed and stored is decided"
+    assert load_config(write(to_yaml(config))) == config
+    assert with_strategy(config, "replay", {}).stream == config.stream
+    assert not differences(config, load_config(name, [*overrides, f"stream.max_source_bytes={limit}"]))
 
 
 @pytest.mark.parametrize(

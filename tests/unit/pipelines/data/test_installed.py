@@ -28,7 +28,7 @@ def test_six_sources_with_enough_text(corpus: Corpus) -> None:
     for source in CORE:
         train = [document.text for _, document in corpus.documents(source)]
         probe = [document.text for document in corpus.probe_documents(source)]
-        assert sum(len(text.encode()) for text in train) >= 2 * StreamConfig().max_source_bytes - 20_000, source
+        assert sum(len(text.encode()) for text in train) >= 2 * StreamConfig().limit - 20_000, source
         assert sum(len(text.encode()) for text in probe) >= StreamConfig().probe_bytes, source
         assert len(probe) >= 4
         assert len(set(train)) == len(train)

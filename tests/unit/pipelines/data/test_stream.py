@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.config.schema import BaseConfig, StreamConfig
+from pipelines.config.schema import SHIPPED_SOURCE_BYTES, BaseConfig, StreamConfig
 from pipelines.data.corpus import Corpus, open_corpus
 from pipelines.data.schedule import mixed, soft, uniform
 from pipelines.data.stream import Cursor, Sequence, Stream, build_probes, select_sources
@@ -59,6 +59,14 @@ def corpus(folder: Path) -> Corpus:
 
 BYTES = ByteTokenizer()
 PAIRS = BPETokenizer.train([words(i, 50) for i in range(20)], 400)
+
+
+def test_without_a_limit_a_source_of_ones_own_is_read_to_its_end(tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("\n\n".join(words(i, 200) for i in range(400)))
+    corpus = open_corpus(StreamConfig(path=str(tmp_path)))
+    read = sum(s.bytes for s in Stream(corpus, BYTES, StreamConfig(path=str(tmp_path)), CONTEXT, ["long"], 0))
+    size = sum(len(document.text.encode()) for _, document in corpus.documents("long"))
+    assert size > 2 * SHIPPED_SOURCE_BYTES and size - CONTEXT <= read <= size * 1.01, "documents end with a token"
 
 
 def same(left: List[Sequence], right: List[Sequence]) -> bool:
