@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import List, Optional, Tuple
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from cluster.output import open_console
 from pipelines.config.load import load_config, to_yaml
 from pipelines.config.schema import Config
 
@@ -50,7 +50,7 @@ def run(arguments: Optional[List[str]] = ARGUMENTS) -> None:
     cfg = read_config(arguments)
     from cluster.driver.run import run as drive  # noqa: PLC0415 (torch and ray load only once the arguments are right)
 
-    raise typer.Exit(drive(cfg, Console()))
+    raise typer.Exit(drive(cfg, open_console()))
 
 
 @app.command()
@@ -62,7 +62,7 @@ def validate(arguments: Optional[List[str]] = ARGUMENTS) -> None:
 
     setting = open_data(cfg)
     setting.probes()
-    console = Console()
+    console = open_console()
     console.print(to_yaml(cfg), markup=False, highlight=False)
     console.print(f"base sources    {', '.join(setting.base_sources) or 'none'}")
     console.print(f"stream sources  {', '.join(setting.stream_sources)}")
@@ -81,7 +81,7 @@ def submit(
     cfg = load_config(name, overrides)
     from cluster.submit import submit_run  # noqa: PLC0415
 
-    raise typer.Exit(submit_run(cfg, address, Console()))
+    raise typer.Exit(submit_run(cfg, address, open_console()))
 
 
 @app.command()
@@ -90,7 +90,7 @@ def report(run_dir: Path = typer.Argument(..., help="A run directory.")) -> None
     from pipelines.report.page import render_summary_table, write_report  # noqa: PLC0415
 
     page = write_report(run_dir)
-    console = Console()
+    console = open_console()
     console.print(render_summary_table(json.loads((run_dir / "summary.json").read_text())))
     console.print(f"report: {page}")
 
@@ -137,7 +137,7 @@ def compare(
         epochs=epochs,
         clock=clock,
     )
-    run_comparison(lambda more: load_config(name, [*given, *more], sizes), options, work, out, Console(), settings)
+    run_comparison(lambda more: load_config(name, [*given, *more], sizes), options, work, out, open_console(), settings)
 
 
 @app.command()
@@ -199,7 +199,7 @@ def store_ls(path: Path = typer.Argument(..., metavar="DIR", help="An experience
             keys,
             sources,
         )
-    Console().print(table)
+    open_console().print(table)
 
 
 @store_app.command("verify")
@@ -208,7 +208,7 @@ def store_verify(path: Path = typer.Argument(..., metavar="DIR", help="An experi
     from pipelines.experience import verify  # noqa: PLC0415
 
     found = verify(path)
-    console = Console()
+    console = open_console()
     console.print(
         f"versions {found.versions:,}  segments {found.segments:,}  rows {found.rows:,}  "
         f"committed {found.committed:,}  duplicates {found.duplicates:,}  missing {found.missing_keys:,}  "

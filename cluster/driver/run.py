@@ -112,7 +112,9 @@ def run(cfg: Config, console: Console) -> int:
             def emit(event: str, **fields: Any) -> Any:
                 with guard:
                     entry = log.emit(event, **fields)
-                    view.handle(entry)
+                    trouble = view.handle(entry)
+                    while trouble:
+                        trouble = view.handle(log.emit("view_off", reason=trouble))
                 return entry
 
             return _drive(cfg, run_dir, setting, emit, signals, resumed, console)

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cluster.live import LiveView, ViewState, describe, render
+from cluster.live import LiveView
+from cluster.panel import render
+from cluster.view_state import ViewState
 from pipelines.report.events import Event
+from pipelines.report.lines import describe
 
 FIGURES = {"mean_change": -0.31, "worst": {"source": "python", "loss": 0.04}}
 START: Event = {
