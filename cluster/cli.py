@@ -11,6 +11,7 @@ from typing import List, Optional, Tuple
 import typer
 from rich.table import Table
 
+from cluster import watch
 from cluster.output import open_console
 from pipelines.config.load import load_config, to_yaml
 from pipelines.config.schema import Config
@@ -26,6 +27,7 @@ store_app = typer.Typer(help="Look into an experience store.", no_args_is_help=T
 app.add_typer(store_app, name="store")
 audit_app = typer.Typer(help="Look into a run's audit log.", no_args_is_help=True)
 app.add_typer(audit_app, name="audit")
+app.command()(watch.status)
 ARGUMENTS = typer.Argument(
     None, metavar="[CONFIG] [KEY=VALUE]...", help="A YAML file or a shipped name, then overrides."
 )

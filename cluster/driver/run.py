@@ -191,6 +191,9 @@ def _position(signals: Signals) -> int:
 def _announce(cfg: Config, setting: DataModule) -> Dict[str, Any]:
     return {
         "run": cfg.run.name,
+        "strategy": cfg.strategy,
+        "process": os.getpid(),
+        "host": socket.gethostname(),
         "sources": setting.sources,
         "base_sources": setting.base_sources,
         "stream_tokens": setting.stream().estimate_tokens(),

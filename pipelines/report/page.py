@@ -19,8 +19,7 @@ from pipelines.report.events import Timeline, build_timeline, describe_round, re
 from pipelines.report.looks import look_rows
 from pipelines.report.plots import write_plots
 from pipelines.report.sides import sides
-
-NOTHING = "\N{EN DASH}"
+from pipelines.report.words import NOTHING, bits, duration, flop
 
 
 @dataclass(frozen=True)
@@ -154,29 +153,6 @@ def render_summary_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
-def bits(value: Optional[float]) -> str:
-    """Bits per byte with three decimals; a dash for what is missing."""
-    return NOTHING if _missing(value) else f"{value:.3f}".replace("-", "\N{MINUS SIGN}")
-
-
-def flop(value: Optional[float]) -> str:
-    """Floating-point operations with a suffix: 1.23 PFLOP."""
-    if value is None or _missing(value):
-        return NOTHING
-    text = short_number(value)
-    return f"{text[:-1]} {text[-1]}FLOP" if text[-1].isalpha() else f"{text} FLOP"
-
-
-def duration(seconds: Optional[float]) -> str:
-    """Seconds as people say them: 42.0 s, 3 min 5 s, 2 h 14 min."""
-    if seconds is None or _missing(seconds):
-        return NOTHING
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
 def _facts(summary: Mapping[str, Any], timeline: Timeline) -> list[tuple[str, str]]:
     """(figure, what it says) for the first glance; what is not known yet is left out."""
     rounds = summary.get("rounds") or ()
@@ -219,10 +195,6 @@ def _costs(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     return costs + [
         (duration(v), f"time: {key.replace('_', ' ')}") for key, v in (summary.get("seconds") or {}).items()
     ]
-
-
-def _missing(value: Optional[float]) -> bool:
-    return value is None or not math.isfinite(value)
 
 
 def _line(
