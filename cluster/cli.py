@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from pathlib import Path
@@ -28,6 +27,7 @@ app.add_typer(store_app, name="store")
 audit_app = typer.Typer(help="Look into a run's audit log.", no_args_is_help=True)
 app.add_typer(audit_app, name="audit")
 app.command()(watch.status)
+app.command()(watch.report)
 ARGUMENTS = typer.Argument(
     None, metavar="[CONFIG] [KEY=VALUE]...", help="A YAML file or a shipped name, then overrides."
 )
@@ -84,17 +84,6 @@ def submit(
     from cluster.submit import submit_run  # noqa: PLC0415
 
     raise typer.Exit(submit_run(cfg, address, open_console()))
-
-
-@app.command()
-def report(run_dir: Path = typer.Argument(..., help="A run directory.")) -> None:
-    """Write report.html and its plots anew and print the figures."""
-    from pipelines.report.page import render_summary_table, write_report  # noqa: PLC0415
-
-    page = write_report(run_dir)
-    console = open_console()
-    console.print(render_summary_table(json.loads((run_dir / "summary.json").read_text())))
-    console.print(f"report: {page}")
 
 
 @app.command()

@@ -32,6 +32,21 @@ def status(
         console.print(f"{label:<16}{text}", markup=False, highlight=False, soft_wrap=True)
 
 
+def report(run_dir: Path = RUN_DIR) -> None:
+    """Write report.html and its plots anew and print the figures; of a run that is not finished, those so far."""
+    from pipelines.report.page import read_summary, render_summary_table, write_report  # noqa: PLC0415 (plots load slowly)
+    from pipelines.report.partial import is_unfinished, partial_summary  # noqa: PLC0415
+
+    summary = partial_summary(run_dir) if is_unfinished(run_dir) else read_summary(run_dir)
+    page = write_report(run_dir, summary)
+    console = open_console()
+    if summary.get("unfinished"):
+        console.print(f"not finished: {summary['unfinished']}", markup=False, highlight=False, soft_wrap=True)
+    if summary.get("matrix"):
+        console.print(render_summary_table(summary))
+    console.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
+
+
 def status_lines(found: Status, now: float) -> List[Tuple[str, str]]:
     """(what, how it stands); what is not known yet is left out.
 
