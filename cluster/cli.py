@@ -28,6 +28,7 @@ audit_app = typer.Typer(help="Look into a run's audit log.", no_args_is_help=Tru
 app.add_typer(audit_app, name="audit")
 app.command()(watch.status)
 app.command()(watch.report)
+app.command()(watch.logs)
 ARGUMENTS = typer.Argument(
     None, metavar="[CONFIG] [KEY=VALUE]...", help="A YAML file or a shipped name, then overrides."
 )
@@ -47,12 +48,19 @@ def read_config(arguments: Optional[List[str]]) -> Config:
 
 
 @app.command()
-def run(arguments: Optional[List[str]] = ARGUMENTS) -> None:
+def run(
+    arguments: Optional[List[str]] = ARGUMENTS,
+    log_format: str = typer.Option(
+        "text", "--log-format", help="text (a panel in a terminal, lines elsewhere) or json (one object per line)."
+    ),
+) -> None:
     """Run a stream: wake, sleep, gate, release. The same command again continues an existing run directory."""
+    if log_format not in ("text", "json"):
+        raise ValueError(f"--log-format {log_format!r} is neither text nor json; give one of them")
     cfg = read_config(arguments)
     from cluster.driver.run import run as drive  # noqa: PLC0415 (torch and ray load only once the arguments are right)
 
-    raise typer.Exit(drive(cfg, open_console()))
+    raise typer.Exit(drive(cfg, open_console(), log_format == "json"))
 
 
 @app.command()

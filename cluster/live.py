@@ -17,7 +17,7 @@ from rich.live import Live
 from cluster.output import open_console, trouble_of
 from cluster.panel import render
 from cluster.view_state import ViewState
-from pipelines.report.events import Event
+from pipelines.report.events import Event, to_line
 from pipelines.report.lines import Lines
 
 
@@ -26,6 +26,7 @@ class Mode(StrEnum):
 
     PANEL = "panel"
     LINES = "lines"
+    JSON = "JSON lines"
     OFF = "off"
 
 
@@ -35,12 +36,13 @@ class LiveView:
     Use as a context manager and give it every event: `with LiveView(name) as view: view.handle(event)`.
     """
 
-    def __init__(self, run_name: str = "", console: Optional[Console] = None) -> None:
-        """run_name: shown in the header. console: where to write; standard output if None."""
+    def __init__(self, run_name: str = "", console: Optional[Console] = None, as_json: bool = False) -> None:
+        """run_name: shown in the header. console: where to write; standard output if None. as_json: one JSON object per
+        event, as in the journal, wherever that is."""
         self.state = ViewState()
         self._run_name = run_name
         self._console = console or open_console()
-        self._mode = Mode.LINES
+        self._mode = Mode.JSON if as_json else Mode.LINES
         self._live: Optional[Live] = None
         self._lines = Lines()
         self._panel: RenderableType = ""
@@ -48,7 +50,7 @@ class LiveView:
         """What drawing the panel came to, in the thread that redraws it."""
 
     def __enter__(self) -> LiveView:
-        if self._console.is_terminal and not self._console.is_dumb_terminal:
+        if self._mode is Mode.LINES and self._console.is_terminal and not self._console.is_dumb_terminal:
             self._mode = Mode.PANEL
             self._panel = render(self.state, self._run_name)
             self._live = Live(self, console=self._console, refresh_per_second=4)
@@ -92,7 +94,7 @@ class LiveView:
             # Built here, because the thread that redraws must not walk through a state that changes meanwhile.
             self._panel = render(self.state, self._run_name)
             return
-        if text := self._lines.line(event):
+        if text := to_line(event) if self._mode is Mode.JSON else self._lines.line(event):
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _give_way(self, error: Exception) -> str:

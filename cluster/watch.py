@@ -9,9 +9,10 @@ from typing import List, Tuple
 
 import typer
 
-from cluster.output import open_console
-from pipelines.report.events import short_number, stamp
-from pipelines.report.status import Status, read_status
+from cluster.output import open_console, trouble_of
+from pipelines.report.events import follow_events, short_number, stamp, to_line
+from pipelines.report.lines import Lines
+from pipelines.report.status import Status, check_run_dir, is_held, read_status
 from pipelines.report.words import duration
 
 RUN_DIR = typer.Argument(..., metavar="RUN_DIR", help="A run directory, runs/NAME.")
@@ -45,6 +46,23 @@ def report(run_dir: Path = RUN_DIR) -> None:
     if summary.get("matrix"):
         console.print(render_summary_table(summary))
     console.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
+
+
+def logs(
+    run_dir: Path = RUN_DIR,
+    follow: bool = typer.Option(False, "--follow", "-f", help="Go on until the run's process ends."),
+    as_json: bool = typer.Option(False, "--json", help="The journal's events, one JSON object per line."),
+) -> None:
+    """Print what happened in a run, a line per event, as `run` prints it where nobody watches."""
+    check_run_dir(run_dir)
+    journal, console, lines = run_dir / "events.jsonl", open_console(), Lines()
+    if not journal.exists():
+        raise ValueError(f"{journal} does not exist yet; the run has not begun, try again in a moment")
+    for event in follow_events(journal, lambda: follow and is_held(run_dir)):
+        if text := to_line(event) if as_json else lines.line(event):
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+        if trouble_of(console):  # whoever read has enough
+            return
 
 
 def status_lines(found: Status, now: float) -> List[Tuple[str, str]]:

@@ -95,8 +95,13 @@ class Signals:
         raise Stopped
 
 
-def run(cfg: Config, console: Console) -> int:
-    """Run or continue a run; returns the exit status. ValueError before anything is written where the input is bad."""
+def run(cfg: Config, console: Console, as_json: bool = False) -> int:
+    """Run or continue a run; returns the exit status. ValueError before anything is written where the input is bad.
+
+    Args:
+        console: where people read.
+        as_json: nothing but the journal's events there, one JSON object per line.
+    """
     signals = Signals()
     try:
         if cfg.ray.address is None:
@@ -105,7 +110,7 @@ def run(cfg: Config, console: Console) -> int:
         resumed = check_run_dir(run_dir, cfg)
         setting = open_data(cfg)
         setting.probes()
-        with create_run_dir(run_dir, cfg), LiveView(cfg.run.name, console) as view:
+        with create_run_dir(run_dir, cfg), LiveView(cfg.run.name, console, as_json) as view:
             keep_tokenizer(run_dir, setting.tokenizer)
             log, guard = EventLog(run_dir / "events.jsonl"), threading.Lock()
 

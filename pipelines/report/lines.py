@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipelines.report.events import Event, describe_round, short_number
+from pipelines.report.events import Event, describe_round, short_number, stamp
 from pipelines.report.looks import look_points
 
 SECONDS = 5.0
@@ -21,7 +21,11 @@ class Lines:
     """When each of these kinds was last given a line, in unix seconds."""
 
     def line(self, event: Event) -> str:
-        """The line of an event; empty where it has none."""
+        """The line of an event, with its time in front; empty where it has none."""
+        text = self._text(event)
+        return f"{stamp(float(event['t']))}  {text}" if text and "t" in event else text
+
+    def _text(self, event: Event) -> str:
         kind, now = str(event["event"]), float(event.get("t", 0.0))
         if kind in OFTEN:
             if now - self.last.get(kind, float("-inf")) < SECONDS:
