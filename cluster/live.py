@@ -6,10 +6,14 @@ that cannot be made to silence; each is said once, in the journal.
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
+import sys
 from collections.abc import Iterable
 from enum import StrEnum
 from types import TracebackType
-from typing import Optional
+from typing import Optional, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
@@ -52,9 +56,11 @@ class LiveView:
     def __enter__(self) -> LiveView:
         if self._mode is Mode.LINES and self._console.is_terminal and not self._console.is_dumb_terminal:
             self._mode = Mode.PANEL
-            self._panel = render(self.state, self._run_name)
-            self._live = Live(self, console=self._console, refresh_per_second=4)
+            self._panel = self._render()
+            self._live = Live(self, console=self._console, refresh_per_second=4, transient=True)
+            before = sys.stderr
             self._live.start()
+            _move_logging(before, sys.stderr)  # which rich has replaced: what is logged goes above the panel
         return self
 
     def __exit__(
@@ -66,12 +72,22 @@ class LiveView:
         """Take the panel off the screen. Closing twice is harmless."""
         live, self._live = self._live, None
         if live is not None:
+            above = sys.stderr
             live.stop()
+            _move_logging(above, sys.stderr)
+
+    def abandon(self) -> None:
+        """Give the terminal its cursor back without waiting for anybody: for a process that is about to end."""
+        if self._live is not None:
+            with contextlib.suppress(OSError, ValueError):
+                os.write(self._console.file.fileno(), b"\x1b[?25h\r\n")
 
     def restore(self, events: Iterable[Event]) -> None:
-        """Take in what happened before (a resumed run's journal) without printing it."""
-        for event in events:
-            self.state.update(event)
+        """Take in what happened before (a resumed run's journal) without printing it. What cannot be read of it is
+        left out: nothing is recovered from it, and what comes is shown all the same."""
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            for event in events:
+                self.state.update(event)
 
     def handle(self, event: Event) -> str:
         """Take in one event and show it. Returns what has gone wrong with the view since the last one, once each."""
@@ -91,11 +107,14 @@ class LiveView:
         if self._mode is Mode.PANEL:
             if self._failed is not None:
                 raise self._failed
-            # Built here, because the thread that redraws must not walk through a state that changes meanwhile.
-            self._panel = render(self.state, self._run_name)
+            self._panel = self._render()
             return
         if text := to_line(event) if self._mode is Mode.JSON else self._lines.line(event):
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _render(self) -> RenderableType:
+        """The panel as it is now; kept, because the thread that redraws must not walk through a state that changes."""
+        return render(self.state, self._run_name, *self._console.size)
 
     def _give_way(self, error: Exception) -> str:
         """Show less: lines instead of a panel, nothing instead of lines."""
@@ -111,3 +130,10 @@ class LiveView:
         except Exception as error:  # noqa: BLE001 (whatever rich raises; handle() says it)
             self._failed, drawn = error, []
         yield from drawn
+
+
+def _move_logging(old: TextIO, new: TextIO) -> None:
+    """Have the root's handlers that write to one stream write to another."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream is old:
+            handler.setStream(new)

@@ -78,12 +78,22 @@ def describe(event: Event) -> str:
         "failure": lambda: (
             f"failure in {event.get('part')}: {event.get('error')}; {event.get('restarts_left')} restarts left"
         ),
+        "base_started": lambda: f"base   training on {tokens} tokens of {', '.join(event.get('sources') or ())}",
+        "base_progress": lambda: (
+            f"base   {tokens} of {int(event.get('of') or 0):,} tokens  "
+            f"{short_number(event.get('tokens_per_second') or 0)} tok/s"
+        ),
+        "control_started": lambda: (
+            f"control {event.get('strategy')} lr {event.get('learning_rate'):g} started: "
+            f"trial {event.get('trial')} of {event.get('trials')}"
+        ),
+        "failed": lambda: f"failed: {event.get('error')}",
         "control": lambda: (
             f"control {event.get('strategy')} lr {event.get('learning_rate'):g} at {tokens} tokens: "
             f"{_scores(event.get('row') or {})}"
         ),
         "control_finished": lambda: (
-            f"control {event.get('strategy')} lr {event.get('learning_rate'):g} ended: {_ending(event)}"
+            f"control {event.get('strategy')} lr {event.get('learning_rate'):g} ended: {describe_ending(event)}"
         ),
         "no_controls": lambda: f"no controls: {event.get('reason')}",
         "look": lambda: _describe_look(event),
@@ -94,7 +104,8 @@ def describe(event: Event) -> str:
     return lines[kind]() if kind in lines else ""
 
 
-def _ending(event: Event) -> str:
+def describe_ending(event: Event) -> str:
+    """What a trial of a control came to."""
     return "it diverged" if event.get("mean") is None else f"mean {event['mean']:.2f} bpb"
 
 
