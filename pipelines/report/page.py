@@ -6,7 +6,7 @@ import base64
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -34,6 +34,21 @@ class Line:
     """Place of the side that is better than all others; -1 where none is."""
 
 
+SHORT = 65_536
+"""Tokens of a stream below which a run's figures mean nothing: it is for trying things out."""
+
+
+def is_too_short(summary: Mapping[str, Any]) -> bool:
+    """Whether a run, such as `smoke`, read too little for its figures to be held against anything."""
+    return 0 < (summary.get("tokens_streamed") or 0) < SHORT and not summary.get("unfinished")
+
+
+def too_short(summary: Mapping[str, Any]) -> str:
+    """What is said of such a run."""
+    tokens = f"{summary['tokens_streamed']:,}"
+    return f"for trying: a stream of {tokens} tokens is too short for these figures to mean anything"
+
+
 def write_report(run_dir: Path, summary: Optional[Mapping[str, Any]] = None) -> Path:
     """Write report.html and its PNGs into a run directory from summary.json, events.jsonl and config.yaml.
 
@@ -59,6 +74,7 @@ def write_report(run_dir: Path, summary: Optional[Mapping[str, Any]] = None) -> 
         .render(
             name=run_dir.resolve().name,
             unfinished=summary.get("unfinished") or "",
+            short=too_short(summary) if is_too_short(summary) else "",
             sides=[name for name, _ in sides(summary)],
             controls=control_facts(summary),
             headline=headline(summary),
@@ -134,7 +150,14 @@ def headline(summary: Mapping[str, Any]) -> list[Line]:
     hint = "floating-point operations awake and asleep, the gate's included; of a control: of the trial shown"
     spent = [(summary.get("flops") or {}).get("total"), *(figures.get("flops", older) for figures in found[1:])]
     lines.append(_line("Training FLOPs", hint, spent, flop))
-    return [known for known in lines if not summary.get("unfinished") or set(known.cells) != {NOTHING}]
+    return _worth_showing(lines, summary)
+
+
+def _worth_showing(lines: Sequence[Line], summary: Mapping[str, Any]) -> list[Line]:
+    """The lines as they may be shown: without those an unfinished run knows nothing of, without a best side in a run
+    that is too short to have one."""
+    known = [line for line in lines if not summary.get("unfinished") or set(line.cells) != {NOTHING}]
+    return [replace(line, best=-1) for line in known] if is_too_short(summary) else known
 
 
 def source_lines(summary: Mapping[str, Any]) -> list[Line]:
@@ -145,7 +168,7 @@ def source_lines(summary: Mapping[str, Any]) -> list[Line]:
         _line(str(source), "base" if source in base else "", [_at(row, i) for row in rows], bits, sign=-1)
         for i, source in enumerate(summary.get("sources") or ())
     ]
-    return [known for known in lines if not summary.get("unfinished") or set(known.cells) != {NOTHING}]
+    return _worth_showing(lines, summary)
 
 
 def control_facts(summary: Mapping[str, Any]) -> list[str]:
@@ -165,6 +188,8 @@ def render_summary_table(summary: Mapping[str, Any]) -> Table:
     """The run against its controls for the terminal: headline figures, then each source. The best side is bold."""
     names = [name for name, _ in sides(summary)]
     caption = ["bits per byte on held-out text; lower is better", *control_facts(summary)]
+    if is_too_short(summary):
+        caption.insert(0, too_short(summary))
     if summary.get("unfinished"):
         caption.insert(0, f"not finished: {summary['unfinished']}")
     table = Table(

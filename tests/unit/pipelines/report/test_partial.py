@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
 from typing import Any, List
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from cluster.cli import app
 from pipelines.machine.records import RoundRecord
 from pipelines.machine.state import STATE_FILE, Phase, RunState
 from pipelines.report.events import Event
-from pipelines.report.page import write_report
+from pipelines.report.page import headline, is_too_short, render_summary_table, source_lines, write_report
 from pipelines.report.partial import is_unfinished, partial_summary
-from tests.unit.pipelines.report.test_report import BASE, STREAM, make_events
+from tests.unit.pipelines.report.test_report import BASE, STREAM, make_events, make_summary
 
 SOURCES = [*BASE, *STREAM]
 
@@ -95,3 +97,23 @@ def test_the_command_works_before_the_end_and_names_what_is_no_run(tmp_path: Pat
     assert (run_dir / "report.html").is_file() and not (run_dir / "summary.json").exists()
     with pytest.raises(ValueError, match="is no run directory"):
         CliRunner().invoke(app, ["report", str(tmp_path)], catch_exceptions=False)
+
+
+def test_a_run_that_is_for_trying_says_so_and_names_no_winner(tmp_path: Path) -> None:
+    summary = make_summary()
+    assert any(line.best >= 0 for line in headline(summary)) and not is_too_short(summary)
+    short = {**summary, "tokens_streamed": 24_576}
+    assert {line.best for line in (*headline(short), *source_lines(short))} == {-1}
+    said = "for trying: a stream of 24,576 tokens is too short for these figures to mean anything"
+    for width in (80, 140):
+        console = Console(width=width, file=io.StringIO(), force_terminal=True, color_system="truecolor", _environ={})
+        console.print(render_summary_table(short))
+        assert isinstance(console.file, io.StringIO)
+        text = console.file.getvalue()
+        assert "\x1b[1;32m" not in text, "bold green is for what is better"
+        plain = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).split())
+        assert said in plain
+        assert all(len(re.sub(r"\x1b\[[0-9;]*m", "", line)) <= width for line in text.splitlines())
+    run_dir = make_run(tmp_path / "smoke", begun(20), None)
+    page = write_report(run_dir, short).read_text()
+    assert f"This run is {said}." in page and 'class="number better"' not in page
