@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 from pathlib import Path
 from typing import List, Optional, Tuple
@@ -60,7 +61,8 @@ def run(
     cfg = read_config(arguments)
     from cluster.driver.run import run as drive  # noqa: PLC0415 (torch and ray load only once the arguments are right)
 
-    raise typer.Exit(drive(cfg, open_console(), log_format == "json"))
+    command = shlex.join(["circadian", *sys.argv[1:]])
+    raise typer.Exit(drive(cfg, open_console(), log_format == "json", command))
 
 
 @app.command()
