@@ -21,8 +21,9 @@ from benchmarks.results import RESULTS, SUMMARY
 from benchmarks.tables import Machine, markdown_table
 from nl_model.weights import write_durably
 from pipelines.config.load import flatten, load_config, shipped_configs
-from pipelines.report.page import Line, duration, headline, read_summary, source_lines
+from pipelines.report.page import Line, headline, read_summary, source_lines
 from pipelines.report.sides import sides
+from pipelines.report.words import duration
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 KEPT = Path(__file__).parent / "results" / "default-run.json"

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import os
+import shlex
 import sys
 from pathlib import Path
 from typing import List, NoReturn, Optional, Tuple
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cluster import watch
 from cluster.config_cli import config_app
+from cluster.output import open_console
 from pipelines.config.load import load_config, to_yaml
 from pipelines.config.schema import Config
 from pipelines.data.printable import printable
@@ -30,6 +32,9 @@ app.add_typer(store_app, name="store")
 audit_app = typer.Typer(help="Look into a run's audit log.", no_args_is_help=True)
 app.add_typer(audit_app, name="audit")
 app.add_typer(config_app, name="config")
+app.command()(watch.status)
+app.command()(watch.report)
+app.command()(watch.logs)
 ARGUMENTS = typer.Argument(
     None, metavar="[CONFIG] [KEY=VALUE]...", help="A YAML file or a shipped name, then overrides."
 )
@@ -49,12 +54,23 @@ def read_config(arguments: Optional[List[str]]) -> Config:
 
 
 @app.command()
-def run(arguments: Optional[List[str]] = ARGUMENTS) -> None:
+def run(
+    arguments: Optional[List[str]] = ARGUMENTS,
+    log_format: str = typer.Option(
+        "text", "--log-format", help="text (a panel in a terminal, lines elsewhere) or json (one object per line)."
+    ),
+) -> None:
     """Run a stream: wake, sleep, gate, release. The same command again continues an existing run directory."""
+    if log_format not in ("text", "json"):
+        raise ValueError(f"--log-format {log_format!r} is neither text nor json; give one of them")
     cfg = read_config(arguments)
+    if cfg.ray.address is None and not os.environ.get("RAY_ADDRESS"):
+        # What Ray does by itself in a cluster that it starts; chosen, it needs no warning. It is read at the import.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     from cluster.driver.run import run as drive  # noqa: PLC0415 (torch and ray load only once the arguments are right)
 
-    raise typer.Exit(drive(cfg, Console()))
+    command = shlex.join(["circadian", *sys.argv[1:]])
+    raise typer.Exit(drive(cfg, open_console(), log_format == "json", command))
 
 
 @app.command()
@@ -70,7 +86,7 @@ def validate(arguments: Optional[List[str]] = ARGUMENTS) -> None:
     setting = open_data(cfg)
     setting.probes()
     check_checkpoint(cfg, Path(cfg.run.root) / cfg.run.name, setting.tokenizer)
-    console = Console()
+    console = open_console()
     console.print(to_yaml(cfg), markup=False, highlight=False)
     show_data(console, data_facts(setting))
     console.print(f"stream tokens   about {setting.stream().estimate_tokens():,}")
@@ -88,18 +104,7 @@ def submit(
     cfg = load_config(name, overrides)
     from cluster.submit import submit_run  # noqa: PLC0415
 
-    raise typer.Exit(submit_run(cfg, address, Console()))
-
-
-@app.command()
-def report(run_dir: Path = typer.Argument(..., help="A run directory.")) -> None:
-    """Write report.html and its plots anew and print the figures."""
-    from pipelines.report.page import render_summary_table, write_report  # noqa: PLC0415
-
-    page = write_report(run_dir)
-    console = Console()
-    console.print(render_summary_table(json.loads((run_dir / "summary.json").read_text())))
-    console.print(f"report: {page}", markup=False)
+    raise typer.Exit(submit_run(cfg, address, open_console()))
 
 
 @app.command()
@@ -144,7 +149,7 @@ def compare(
         epochs=epochs,
         clock=clock,
     )
-    run_comparison(lambda more: load_config(name, [*given, *more], sizes), options, work, out, Console(), settings)
+    run_comparison(lambda more: load_config(name, [*given, *more], sizes), options, work, out, open_console(), settings)
 
 
 @app.command()
@@ -206,7 +211,7 @@ def store_ls(path: Path = typer.Argument(..., metavar="DIR", help="An experience
             keys,
             Text(sources),
         )
-    Console().print(table)
+    open_console().print(table)
 
 
 @store_app.command("verify")
@@ -215,7 +220,7 @@ def store_verify(path: Path = typer.Argument(..., metavar="DIR", help="An experi
     from pipelines.experience import verify  # noqa: PLC0415
 
     found = verify(path)
-    console = Console()
+    console = open_console()
     console.print(
         f"versions {found.versions:,}  segments {found.segments:,}  rows {found.rows:,}  "
         f"committed {found.committed:,}  duplicates {found.duplicates:,}  missing {found.missing_keys:,}  "

@@ -12,7 +12,7 @@ from cluster.actors.control_trainer import ControlTrainer
 from cluster.actors.start import results, start_actor, whole_bundle
 from cluster.driver.failures import RunFailed, describe
 from pipelines.config.schema import Config
-from pipelines.machine.control import Budget, Row, Trial, at_once, final_mean, next_trial
+from pipelines.machine.control import Budget, Row, Trial, at_once, final_mean, next_trial, place
 
 
 @dataclass
@@ -69,6 +69,7 @@ class ControlSearch:
             self.check_stop()
             while idle and (trial := next_trial(self.cfg, self.done, self._trials())) is not None:
                 actor = idle.pop(0)
+                self._announce(trial)
                 self.running[actor.train.remote(trial, self.budget, self.base_dir)] = (actor, trial)
             if not self.running and next_trial(self.cfg, self.done, ()) is None:
                 return
@@ -83,6 +84,12 @@ class ControlSearch:
 
     def _trials(self) -> List[Trial]:
         return [trial for _, trial in self.running.values()]
+
+    def _announce(self, trial: Trial) -> None:
+        """Say which of how many trials begins."""
+        number, trials = place(self.cfg, self.done, self._trials(), trial)
+        told = {"strategy": trial.strategy, "learning_rate": trial.learning_rate}
+        self.emit("control_started", **told, trial=number, trials=trials)
 
     def _end(self, reference: Any) -> Any:
         """Take a result; returns the actor."""

@@ -11,19 +11,21 @@ from typing import IO
 
 from cluster.actors.tracking_arguments import tracking_arguments
 from cluster.driver.ledger import Ledger, audit_errors, fact_of, known_heads
-from cluster.driver.state import FILE as STATE
 from cluster.driver.state import load_state
 from cluster.storage.releases import Release, Releases, copy_release, inspect_shard
 from pipelines.config.load import load_config
 from pipelines.config.schema import Config
 from pipelines.machine.decisions import enter_rollback
 from pipelines.machine.rules import Rules
-from pipelines.machine.state import Phase, RunState
+from pipelines.machine.state import STATE_FILE, Phase, RunState
 from pipelines.report.audit import FILE, GENESIS, Verification, read_audit, verify
 from pipelines.report.events import EventLog
+from pipelines.report.status import check_run_dir
 from pipelines.report.tracking import Tracking
 
 logger = logging.getLogger(__name__)
+ATTEMPTS = 10
+"""How often a lock is asked for again, a fifth of a second in all: `status` holds it for a moment when it looks."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,15 @@ class Rollback:
 def hold_lock(run_dir: Path) -> IO[str]:
     """Take the lock of a run directory until the returned file is closed; ValueError where another process has it."""
     lock = open(run_dir / ".lock", "a")  # noqa: SIM115 (held by the caller)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise ValueError(f"{run_dir} is being run by another process; wait for it or choose another run.name") from None
-    return lock
+    for attempts_left in range(ATTEMPTS, -1, -1):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            if attempts_left:
+                time.sleep(0.02)
+    lock.close()
+    raise ValueError(f"{run_dir} is being run by another process; wait for it or choose another run.name")
 
 
 def rollback(run_dir: Path, to: int) -> Rollback:
@@ -71,7 +76,7 @@ def rollback(run_dir: Path, to: int) -> Rollback:
 
 def verify_audit(run_dir: Path) -> Verification:
     """Check a run's audit log against itself, the coordinator's state and the releases; ValueError for no run."""
-    _check_run(run_dir)
+    check_run_dir(run_dir)
     state, releases = load_state(run_dir), Releases(run_dir / "releases")
     length, head = int(state.audit.get("length", 0)), str(state.audit.get("head", GENESIS))
     found = verify(run_dir / FILE, length, head, known_heads(releases))
@@ -80,13 +85,8 @@ def verify_audit(run_dir: Path) -> Verification:
     return found
 
 
-def _check_run(run_dir: Path) -> None:
-    if not (run_dir / "config.yaml").is_file():
-        raise ValueError(f"{run_dir} is no run directory: it has no config.yaml; name a directory like runs/NAME")
-
-
 def _read_config(run_dir: Path) -> Config:
-    _check_run(run_dir)
+    check_run_dir(run_dir)
     return load_config(str(run_dir / "config.yaml"))
 
 
@@ -99,7 +99,9 @@ def _publish(releases: Releases, state: RunState, to: int) -> Release:
     if newest.number > state.live:
         if newest.restores == to:
             return newest
-        raise ValueError(f"release {newest.number} is published but not entered ({STATE}); run the same command first")
+        raise ValueError(
+            f"release {newest.number} is published but not entered ({STATE_FILE}); run the same command first"
+        )
     if to not in numbers:
         raise ValueError(f"--to {to} is no release of this run; there are {', '.join(map(str, numbers))}")
     if to == state.live:

@@ -157,7 +157,11 @@ class PoolPart:
         """Sequences of the base mixture, once prepared."""
         self.outcomes: Dict[int, Outcome] = {}
         """What a round came to, by attempt, until it is published."""
-        self.training, self.progress_at = False, 0.0
+        self.training = ""
+        """What the ranks train right now: base, round, or nothing."""
+        self.progress_at = 0.0
+        self.last_seen = (0.0, 0)
+        """When the base was asked last (monotonic seconds), and the step that it was at."""
 
     @staticmethod
     def is_failure(error: BaseException) -> bool:
@@ -166,7 +170,11 @@ class PoolPart:
 
     def prepare_base(self, attempt: int) -> Event:
         """Make sure that release 0 is there."""
-        self.base, flops = prepare_base(self.cfg, self.run_dir, self.setting, self.runner, self.emit)
+        self.training, self.last_seen = "base", (time.monotonic(), 0)
+        try:
+            self.base, flops = prepare_base(self.cfg, self.run_dir, self.setting, self.runner, self.emit)
+        finally:
+            self.training = ""
         return on.BaseReady(attempt, len(self.base), flops)
 
     def score_base(self, attempt: int) -> Event:
@@ -182,11 +190,11 @@ class PoolPart:
 
     def run_round(self, action: do.StartRound) -> Event:
         """Train and judge a candidate."""
-        self.training = True
+        self.training = "round"
         try:
             outcome = self.runner.run_round(action.plan, action.seen, action.best)
         finally:
-            self.training = False
+            self.training = ""
         self.outcomes = {action.attempt: outcome}
         return on.RoundJudged(action.attempt, outcome.record())
 
@@ -203,7 +211,7 @@ class PoolPart:
         self.runner.stop()
 
     def show_progress(self, number: int) -> None:
-        """Every two seconds: ask rank 0 how far the round is. Its answer goes to the journal when it comes."""
+        """Every two seconds: ask rank 0 how far round or base is. Its answer goes to the journal when it comes."""
         group = self.runner.group
         if time.monotonic() - self.progress_at < 2.0 or not group.backend or self.calls.has("progress"):
             return
@@ -212,12 +220,26 @@ class PoolPart:
         if not workers or not self.training:
             return
 
+        asked = self.training
+
         def show(progress: Tuple[int, int, float]) -> None:
             step, steps, loss = progress
-            self.emit("round_progress", round=number, step=step, steps=steps, loss=loss)
+            if asked != self.training or not steps:
+                return
+            if asked == "base":
+                self._show_base(step, steps, loss)
+            else:
+                self.emit("round_progress", round=number, step=step, steps=steps, loss=loss)
 
         # A failure is the round's own: its thread sees it and deals with it.
         self.calls.add("progress", workers[0].progress.remote(), show, lambda _: None)
+
+    def _show_base(self, step: int, steps: int, loss: float) -> None:
+        """How far the base is, and how fast since it was asked last."""
+        now, size = time.monotonic(), self.cfg.base.batch * self.cfg.pool.ranks * self.cfg.model.context
+        (then, before), self.last_seen = self.last_seen, (now, step)
+        speed = max(0, step - before) * size / max(now - then, 1e-9)
+        self.emit("base_progress", tokens=step * size, of=steps * size, tokens_per_second=speed, loss=loss)
 
 
 def train_in_thread(

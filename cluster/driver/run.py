@@ -13,7 +13,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import psutil
 import ray
@@ -24,7 +24,7 @@ from cluster.actors.tracking_client import TrackingClient
 from cluster.data_view import show_data
 from cluster.driver.checkpoint import check_checkpoint
 from cluster.driver.coordinator import Coordinator
-from cluster.driver.failures import RunFailed, Stopped
+from cluster.driver.failures import RunFailed, Stopped, describe
 from cluster.driver.finished import keep_data, keep_finished, read_finished, tell_finished
 from cluster.driver.history import hold_lock
 from cluster.live import LiveView
@@ -37,7 +37,7 @@ from pipelines.data.facts import data_facts
 from pipelines.data.module import DataModule, open_data
 from pipelines.data.printable import printable_values
 from pipelines.experience import verify_recent
-from pipelines.report.events import EventLog
+from pipelines.report.events import EventLog, read_events
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +60,12 @@ class Signals:
     def __init__(self) -> None:
         self.coordinator: Optional[Coordinator] = None
         self.asked = self.heard = False
-        self.leave: Callable[[], None] = lambda: os._exit(0)
+        self.number, self.known = 0, threading.Event()
+        """The signal that asked, and whether there was one."""
+        self.leave: Callable[[], None] = lambda: os._exit(self.status)
         """Says goodbye and exits."""
+        self.clear: Callable[[], None] = lambda: None
+        """Gives the terminal back, whoever holds which lock."""
         receiver, sender = socket.socketpair()
         sender.setblocking(False)
         signal.set_wakeup_fd(sender.detach(), warn_on_full_buffer=False)
@@ -74,15 +78,26 @@ class Signals:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 
+    @property
+    def status(self) -> int:
+        """Exit status of a stop: 130 where Ctrl-C asked for it, as shells expect, else 0."""
+        self.known.wait(0.5)  # who is told by an exception may be told before the thread has read which signal it was
+        return 128 + signal.SIGINT if self.number == signal.SIGINT else 0
+
+    def _note(self, number: int) -> None:
+        self.number, self.asked = self.number or number, True
+        self.known.set()
+
     def _watch(self, receiver: socket.socket) -> None:
-        while not {signal.SIGTERM, signal.SIGINT} & set(receiver.recv(64)):
+        while not (numbers := {signal.SIGTERM, signal.SIGINT} & set(receiver.recv(64))):
             pass
-        self.asked = True
+        self._note(min(numbers))
         time.sleep(GRACE)
         # In a thread of its own: a lock whose release was interrupted would hold it up for ever.
         threading.Thread(target=self.leave, daemon=True).start()
         time.sleep(0.4)
-        _leave_at_once()
+        self.clear()
+        _leave_at_once(self.status)
 
     def _lose(self, lost: sys.UnraisableHookArgs) -> None:
         """What a finalizer raised. A stop is no error that the user should see printed: the thread sees to it."""
@@ -91,8 +106,10 @@ class Signals:
 
     def _handle(self, number: int, frame: Any) -> None:
         if self.heard:
+            self.clear()
             os._exit(128 + number)
-        self.heard = self.asked = True
+        self.heard = True
+        self._note(number)
         if self.coordinator is not None:
             self.coordinator.stop_requested = True
             if self.coordinator.deferring:
@@ -100,8 +117,20 @@ class Signals:
         raise Stopped
 
 
-def run(cfg: Config, console: Console) -> int:
-    """Run or continue a run; returns the exit status. ValueError before anything is written where the input is bad."""
+def run(cfg: Config, console: Console, as_json: bool = False, command: str = "the same command") -> int:
+    """Run or continue a run; returns the exit status. ValueError before anything is written where the input is bad.
+
+    Args:
+        console: where people read.
+        as_json: nothing but the journal's events there, one JSON object per line.
+        command: what continues the run, as a person would type it.
+    """
+
+    told = Console(stderr=True) if as_json else console
+
+    def say(text: str) -> None:
+        told.print(text, markup=False, highlight=False, soft_wrap=True)
+
     signals = Signals()
     try:
         if cfg.ray.address is None:
@@ -109,48 +138,51 @@ def run(cfg: Config, console: Console) -> int:
         run_dir = Path(cfg.run.root).resolve() / cfg.run.name
         resumed = check_run_dir(run_dir, cfg)
         if resumed and (finished := read_finished(run_dir)) is not None:
-            tell_finished(console, cfg, run_dir, finished)
+            tell_finished(told, cfg, run_dir, finished)
             return 0
         setting = open_data(cfg)
         setting.probes()
         check_checkpoint(cfg, run_dir, setting.tokenizer)
         facts = data_facts(setting)
-        show_data(console, facts)
-        with create_run_dir(run_dir, cfg), LiveView(cfg.run.name, console) as view:
+        show_data(told, facts)
+        with create_run_dir(run_dir, cfg), LiveView(cfg.run.name, console, as_json) as view:
             keep_tokenizer(run_dir, setting.tokenizer)
             keep_data(run_dir, facts)
             log, guard = EventLog(run_dir / "events.jsonl"), threading.Lock()
+            view.restore(map(printable_values, read_events(log.path)))
 
             def emit(event: str, **fields: Any) -> Any:
                 with guard:
                     entry = log.emit(event, **fields)
-                    view.handle(printable_values(entry))
+                    trouble = view.handle(entry if as_json else printable_values(entry))
+                    while trouble:
+                        trouble = view.handle(log.emit("view_off", reason=trouble))
                 return entry
 
-            return _drive(cfg, run_dir, setting, emit, signals, resumed, console)
+            def leave() -> None:
+                reason = "interrupted" if signals.status else "asked to stop"
+                emit("stopped", reason=reason, tokens=_position(signals))
+                view.close()
+                word = "interrupted" if signals.status else "stopped"
+                say(f"{word}; everything is committed. To continue: {command}")
+                _leave_at_once(signals.status)
+
+            signals.leave, signals.clear = leave, view.abandon
+            summary, report = _drive(cfg, run_dir, setting, emit, signals, resumed)
     except Stopped:
-        console.print("stopped; nothing was under way")
-        return 0
+        say(f"{'interrupted' if signals.status else 'stopped'}; nothing was under way. To continue: {command}")
+        return signals.status
+    if not as_json:
+        _print_result(console, summary, report)
+    return 0
 
 
 def _drive(
-    cfg: Config,
-    run_dir: Path,
-    setting: DataModule,
-    emit: Callable[..., Any],
-    signals: Signals,
-    resumed: bool,
-    console: Console,
-) -> int:
+    cfg: Config, run_dir: Path, setting: DataModule, emit: Callable[..., Any], signals: Signals, resumed: bool
+) -> Tuple[Dict[str, Any], Path]:
+    """Go on to the end of the run; returns its summary and the path of its report."""
     start = time.perf_counter()
-
-    def leave() -> None:
-        emit("stopped", reason="asked to stop", tokens=_position(signals))
-        console.print(f"stopped; everything is committed. The same command continues {run_dir}", markup=False)
-        _leave_at_once()
-
     try:
-        signals.leave = leave
         emit("run_started", resumed=resumed, **_announce(cfg, setting))
         if cfg.control.enabled == "auto" and not cfg.trains_controls:
             emit("no_controls", reason=NO_CONTROLS)
@@ -164,35 +196,46 @@ def _drive(
             summary = coordinator.run()
         finally:
             coordinator.shut_down()
-        from pipelines.report.page import render_summary_table, write_report  # noqa: PLC0415 (plots load slowly)
+        from pipelines.report.page import write_report  # noqa: PLC0415 (plots load slowly)
 
         write_durably(run_dir / "summary.json", json.dumps(summary, indent=1).encode())
         report = write_report(run_dir)
-        emit("finished", seconds=time.perf_counter() - start)
+        emit("finished", seconds=time.perf_counter() - start, report=report)
         artifacts = [run_dir / "config.yaml", run_dir / "summary.json", report, *sorted(run_dir.glob("*.png"))]
         tracking.log_metrics(_headline(summary), int(summary["tokens_streamed"]))
         if tracking.finish("FINISHED", artifacts, cfg.failures.call_timeout):
             keep_finished(run_dir, coordinator.state)
     except (Stopped, SystemExit):  # the latter from the handler that Ray has in place while it starts
-        leave()
+        signals.leave()
     except Exception as error:  # what Ray raises when its processes end under it, once a stop was asked for
         if not signals.asked:
+            with contextlib.suppress(OSError):  # a full disk may be what it failed of
+                emit("failed", error=describe(error))
             raise
         logger.warning("while stopping: %s: %s", type(error).__name__, error)
         logger.debug("where it came from", exc_info=True)
-        leave()
+        signals.leave()
     ray.shutdown()
-    console.print(render_summary_table(summary))
-    console.print(f"report: {report}", markup=False)
-    return 0
+    return summary, report
 
 
-def _leave_at_once() -> None:
+def _print_result(console: Console, summary: Dict[str, Any], report: Path) -> None:
+    """The table and the report's path, the last things on the screen. A table that cannot be drawn is in the report."""
+    from pipelines.report.page import render_summary_table  # noqa: PLC0415
+
+    try:
+        console.print(render_summary_table(summary))
+    except Exception as error:  # noqa: BLE001 (whatever rich raises: the run is finished, and its status says so)
+        logger.warning("the table cannot be shown: %s: %s", type(error).__name__, error)
+    console.print(f"report: {report}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _leave_at_once(status: int) -> None:
     """Exit without Ray's slow farewell. A cluster started here goes too, its agents included: they would linger."""
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
-    os._exit(0)
+    os._exit(status)
 
 
 def _position(signals: Signals) -> int:
@@ -202,6 +245,9 @@ def _position(signals: Signals) -> int:
 def _announce(cfg: Config, setting: DataModule) -> Dict[str, Any]:
     return {
         "run": cfg.run.name,
+        "strategy": cfg.strategy,
+        "process": os.getpid(),
+        "host": socket.gethostname(),
         "sources": setting.sources,
         "base_sources": setting.base_sources,
         "stream_tokens": setting.stream().estimate_tokens(),

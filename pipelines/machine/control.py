@@ -110,6 +110,21 @@ def next_trial(cfg: Config, control: Mapping[str, Mapping[str, Any]], running: C
     return min(due)[2] if due else None
 
 
+def place(
+    cfg: Config, control: Mapping[str, Mapping[str, Any]], running: Collection[Trial], trial: Trial
+) -> Tuple[int, int]:
+    """(which trial this is, counted from 1; of how many that are known to be needed). A search that widens needs more
+    than was known before.
+
+    Args:
+        control: finished trials by name (`RunState.control`).
+        running: those under way, without this one.
+    """
+    begun = {*map(Trial.of, control), *running, trial}
+    grid = {Trial(name, rate) for name in cfg.control.strategies for rate in cfg.control.grid(cfg.base.lr)}
+    return len(begun), len(begun | grid)
+
+
 def control_config(cfg: Config, trial: Trial, budget: Budget, setting: DataModule) -> Config:
     """The configuration of a control, its FLOPs per stream token in `sleep.epochs`.
 

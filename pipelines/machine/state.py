@@ -12,6 +12,9 @@ from typing import Any, Dict, List, Mapping
 from pipelines.machine.records import RoundRecord
 from pipelines.wake.report import Mark
 
+STATE_FILE = "checkpoints/coordinator.json"
+"""Where a driver keeps it, in the run directory."""
+
 
 class Phase(StrEnum):
     """Phases of a run."""

@@ -6,8 +6,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Optional
 
@@ -37,7 +38,7 @@ class EventLog:
         """
         assert "t" not in fields, "t is set by the journal"
         record: Event = {"t": round(time.time(), 3), "event": event, **{key: _plain(v) for key, v in fields.items()}}
-        line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        line = to_line(record).encode() + b"\n"
         written = self._file.write(line)
         if written != len(line):
             os.ftruncate(self._file.fileno(), os.fstat(self._file.fileno()).st_size - (written or 0))
@@ -64,13 +65,58 @@ def read_events(path: Path) -> Iterator[Event]:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 return
-            try:
-                record = json.loads(line)
-            except ValueError:  # JSON and UTF-8 errors alike
-                record = None
-            if not isinstance(record, dict) or "event" not in record:
-                raise ValueError(f"{path}, line {number} is no event: {line[:80]!r}; delete the line and try again")
-            yield record
+            yield parse_event(line, f"{path}, line {number}")
+
+
+def tail_events(path: Path, size: int = 1 << 18) -> list[Event]:
+    """The last events of a journal: those that lie whole within its last `size` bytes. Raises as `read_events` does."""
+    with open(path, "rb") as file:
+        start = max(0, os.fstat(file.fileno()).st_size - size)
+        file.seek(start)
+        lines = file.read().split(b"\n")
+    # The last piece is empty, or a line that is being written; the first may have lost its beginning.
+    return [parse_event(line, f"{path}, near its end") for line in lines[1 if start else 0 : -1]]
+
+
+def parse_event(line: bytes, where: str) -> Event:
+    """The event of a line. ValueError, which names `where`, if it is no JSON object with a kind."""
+    try:
+        record = json.loads(line)
+    except ValueError:  # JSON and UTF-8 errors alike
+        record = None
+    if not isinstance(record, dict) or "event" not in record:
+        raise ValueError(f"{where} is no event: {line[:80]!r}; delete the line and try again")
+    return record
+
+
+def to_line(event: Event) -> str:
+    """An event as its line of the journal, without the line's end."""
+    return json.dumps(event, ensure_ascii=False, allow_nan=False)
+
+
+def follow_events(path: Path, go_on: Callable[[], bool], pause: float = 0.3) -> Iterator[Event]:
+    """Yield the events of a journal in order, those that are still to come as well.
+
+    Args:
+        go_on: whether more may come; asked whenever there is nothing new. What is written until it says no is yielded.
+        pause: seconds between two looks.
+    """
+    with open(path, "rb") as file:
+        rest, last = b"", False
+        while True:
+            *lines, rest = (rest + file.read()).split(b"\n")
+            for line in lines:
+                yield parse_event(line, str(path))
+            if last:
+                return
+            if not lines:
+                last = not go_on()
+                time.sleep(0.0 if last else pause)
+
+
+def stamp(t: float) -> str:
+    """Unix seconds as people and programs read them: local time with its offset, ISO 8601, to the second."""
+    return datetime.fromtimestamp(t).astimezone().isoformat(timespec="seconds")
 
 
 def _cut_torn_line(path: Path) -> None:

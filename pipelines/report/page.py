@@ -6,7 +6,7 @@ import base64
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -21,8 +21,7 @@ from pipelines.report.events import Timeline, build_timeline, describe_round, re
 from pipelines.report.looks import look_rows
 from pipelines.report.plots import write_plots
 from pipelines.report.sides import sides
-
-NOTHING = "\N{EN DASH}"
+from pipelines.report.words import NOTHING, bits, duration, flop
 
 
 @dataclass(frozen=True)
@@ -37,14 +36,36 @@ class Line:
     """Place of the side that is better than all others; -1 where none is."""
 
 
-def write_report(run_dir: Path) -> Path:
+SHORT = 65_536
+"""Tokens of a stream below which a run's figures mean nothing: it is for trying things out."""
+
+
+def is_too_short(summary: Mapping[str, Any]) -> bool:
+    """Whether a run, such as `smoke`, read too little for its figures to be held against anything."""
+    return 0 < (summary.get("tokens_streamed") or 0) < SHORT and not summary.get("unfinished")
+
+
+def too_short(summary: Mapping[str, Any]) -> str:
+    """What is said of such a run."""
+    tokens = f"{summary['tokens_streamed']:,}"
+    return f"for trying: a stream of {tokens} tokens is too short for these figures to mean anything"
+
+
+def write_report(run_dir: Path, summary: Optional[Mapping[str, Any]] = None) -> Path:
     """Write report.html and its PNGs into a run directory from summary.json, events.jsonl and config.yaml.
 
-    Works while the run goes on, with what is there. Returns the path of the page.
-    Raises ValueError if summary.json is missing or no JSON object.
+    Args:
+        summary: the figures, where they are not those of summary.json (pipelines/report/partial.py); with a key
+            `unfinished` the page says so, and what does not exist yet is left out of it.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: summary.json is asked for and missing, or no JSON object.
     """
     run_dir = Path(run_dir)
-    summary = read_summary(run_dir)
+    summary = read_summary(run_dir) if summary is None else summary
     journal = run_dir / "events.jsonl"
     timeline = build_timeline(read_events(journal)) if journal.exists() else Timeline()
     plots = write_plots(timeline, summary, run_dir)
@@ -54,6 +75,8 @@ def write_report(run_dir: Path) -> Path:
         .get_template("report.html.j2")
         .render(
             name=run_dir.resolve().name,
+            unfinished=summary.get("unfinished") or "",
+            short=too_short(summary) if is_too_short(summary) else "",
             sides=[name for name, _ in sides(summary)],
             controls=control_facts(summary),
             headline=headline(summary),
@@ -70,12 +93,27 @@ def write_report(run_dir: Path) -> Path:
             failures=timeline.failures,
             versions=summary.get("versions") or {},
             config=config.read_text(encoding="utf-8") if config.exists() else "",
-            images={name: _data_uri(path) for name, path in plots.items()},
+            images={name: _data_uri(path) for name, path in plots.items() if _has_content(name, summary, timeline)},
         )
     )
     target = run_dir / "report.html"
     target.write_text(page, encoding="utf-8")
     return target
+
+
+def _has_content(plot: str, summary: Mapping[str, Any], timeline: Timeline) -> bool:
+    """Whether a plot belongs on the page: of an unfinished run only one that shows something already."""
+    if not summary.get("unfinished"):
+        return True
+    content = {
+        "awake": timeline.looks,
+        "online_loss": timeline.bpb,
+        "matrix": summary.get("matrix"),
+        "level_writes": timeline.writes,
+        "rounds": timeline.rounds,
+        "surprise": timeline.surprise,
+    }
+    return bool(content[plot])
 
 
 def read_summary(run_dir: Path) -> dict[str, Any]:
@@ -100,10 +138,13 @@ def headline(summary: Mapping[str, Any]) -> list[Line]:
     def line(key: str, label: str, hint: str, sign: int = -1) -> Line:
         return _line(label, hint, [figures.get(key) for figures in found], bits, sign)
 
+    when = (
+        ("Mean bits per byte so far", "now")
+        if summary.get("unfinished")
+        else ("Mean final bits per byte", "at the end")
+    )
     lines = [
-        line(
-            "mean_final_bpb", "Mean final bits per byte", "held-out text of every source, at the end; lower is better"
-        ),
+        line("mean_final_bpb", when[0], f"held-out text of every source, {when[1]}; lower is better"),
         line("forgetting", "Forgetting", "how much worse a source ends than it was when just learned; lower is better"),
         line("learning", "Learning", "bits per byte on a source when it was just learned; lower is better"),
         line("backward_transfer", "Backward transfer", "change of earlier sources by later ones; higher is better", 1),
@@ -111,17 +152,25 @@ def headline(summary: Mapping[str, Any]) -> list[Line]:
     hint = "floating-point operations awake and asleep, the gate's included; of a control: of the trial shown"
     spent = [(summary.get("flops") or {}).get("total"), *(figures.get("flops", older) for figures in found[1:])]
     lines.append(_line("Training FLOPs", hint, spent, flop))
-    return lines
+    return _worth_showing(lines, summary)
+
+
+def _worth_showing(lines: Sequence[Line], summary: Mapping[str, Any]) -> list[Line]:
+    """The lines as they may be shown: without those an unfinished run knows nothing of, without a best side in a run
+    that is too short to have one."""
+    known = [line for line in lines if not summary.get("unfinished") or set(line.cells) != {NOTHING}]
+    return [replace(line, best=-1) for line in known] if is_too_short(summary) else known
 
 
 def source_lines(summary: Mapping[str, Any]) -> list[Line]:
     """Final held-out bits per byte of each source, the run against its controls."""
     rows = [_last_row(figures) for _, figures in sides(summary)]
     base = set(summary.get("base_sources") or ())
-    return [
+    lines = [
         _line(str(source), "base" if source in base else "", [_at(row, i) for row in rows], bits, sign=-1)
         for i, source in enumerate(summary.get("sources") or ())
     ]
+    return _worth_showing(lines, summary)
 
 
 def control_facts(summary: Mapping[str, Any]) -> list[str]:
@@ -141,8 +190,12 @@ def render_summary_table(summary: Mapping[str, Any]) -> Table:
     """The run against its controls for the terminal: headline figures, then each source. The best side is bold."""
     names = [name for name, _ in sides(summary)]
     caption = ["bits per byte on held-out text; lower is better", *control_facts(summary)]
+    if is_too_short(summary):
+        caption.insert(0, too_short(summary))
+    if summary.get("unfinished"):
+        caption.insert(0, f"not finished: {summary['unfinished']}")
     table = Table(
-        title=f"{names[0]} and {'its controls' if len(names) > 2 else names[1]}",
+        title=f"{names[0]} and {'its controls' if len(names) > 2 else names[1]}" if names[1:] else names[0],
         caption="\n".join(text.replace("[", r"\[") for text in caption),
     )
     table.add_column("")
@@ -154,29 +207,6 @@ def render_summary_table(summary: Mapping[str, Any]) -> Table:
             table.add_row(Text(printable(line.label)), *cells)
         table.add_section()
     return table
-
-
-def bits(value: Optional[float]) -> str:
-    """Bits per byte with three decimals; a dash for what is missing."""
-    return NOTHING if _missing(value) else f"{value:.3f}".replace("-", "\N{MINUS SIGN}")
-
-
-def flop(value: Optional[float]) -> str:
-    """Floating-point operations with a suffix: 1.23 PFLOP."""
-    if value is None or _missing(value):
-        return NOTHING
-    text = short_number(value)
-    return f"{text[:-1]} {text[-1]}FLOP" if text[-1].isalpha() else f"{text} FLOP"
-
-
-def duration(seconds: Optional[float]) -> str:
-    """Seconds as people say them: 42.0 s, 3 min 5 s, 2 h 14 min."""
-    if seconds is None or _missing(seconds):
-        return NOTHING
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _facts(summary: Mapping[str, Any], timeline: Timeline) -> list[tuple[str, str]]:
@@ -221,10 +251,6 @@ def _costs(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     return costs + [
         (duration(v), f"time: {key.replace('_', ' ')}") for key, v in (summary.get("seconds") or {}).items()
     ]
-
-
-def _missing(value: Optional[float]) -> bool:
-    return value is None or not math.isfinite(value)
 
 
 def _line(

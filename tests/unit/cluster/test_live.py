@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import io
+import json
+import time
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
-from cluster.live import LiveView, ViewState, describe, render
-from pipelines.report.events import Event
+from cluster.cli import app
+from cluster.live import LiveView
+from cluster.panel import render
+from cluster.view_state import ViewState
+from pipelines.report.events import Event, follow_events
+from pipelines.report.lines import Lines, describe
 
 FIGURES = {"mean_change": -0.31, "worst": {"source": "python", "loss": 0.04}}
 START: Event = {
@@ -55,7 +64,9 @@ def plain(events: list[Event]) -> list[str]:
         for event in events:
             view.handle(event)
     assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue().splitlines()
+    lines = [line.split("  ", 1) for line in console.file.getvalue().splitlines()]
+    assert all(datetime.fromisoformat(time).utcoffset() is not None for time, _ in lines)
+    return [text for _, text in lines]
 
 
 def test_state_follows_a_night() -> None:
@@ -175,3 +186,49 @@ def test_recall_has_a_column_where_there_is_recall() -> None:
     assert "with recall" not in shown([START, event])
     event["steps"][0]["recalled"] = {"cpp": 1.87}
     assert "with recall" in shown([START, event]) and "1.87" in shown([START, event])
+
+
+def test_plain_lines_carry_local_time_with_its_offset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Asia/Kolkata")
+    time.tzset()
+    try:
+        assert (
+            Lines().line({"t": 1e9, "event": "adopted", "release": 1}).startswith("2001-09-09T07:16:40+05:30  adopted")
+        )
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_json_lines_are_the_journals_even_on_a_terminal() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=40, _environ={})
+    odd = {"t": 5.0, "event": "quarantined", "source": "[bold]ä" * 30, "origin": "a\nb", "reason": "not UTF-8"}
+    with LiveView("night-1", console, as_json=True) as view:
+        assert [view.handle(event) for event in [*night(), odd]] == [""] * (len(night()) + 1)
+    assert isinstance(console.file, io.StringIO)
+    assert [json.loads(line) for line in console.file.getvalue().splitlines()] == [*night(), odd]
+
+
+def test_logs_print_what_the_run_prints(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(ValueError, match="has not begun"):
+        CliRunner().invoke(app, ["logs", str(tmp_path)], catch_exceptions=False)
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in night()) + '{"t": 1')
+    told = CliRunner().invoke(app, ["logs", str(tmp_path), "--follow"])
+    assert told.exit_code == 0 and [line.split("  ", 1)[1] for line in told.output.splitlines()] == plain(night())
+    told = CliRunner().invoke(app, ["logs", str(tmp_path), "--json"])
+    assert [json.loads(line) for line in told.output.splitlines()] == night()
+
+
+def test_following_gives_what_is_written_until_the_run_ends(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"t": 0, "event": "a"}\n{"t": 1, "eve')
+    asked = iter(['nt": "b"}\n', '{"t": 2, "event": "c"}\n', ""])
+
+    def go_on() -> bool:
+        more = next(asked)
+        with path.open("a") as file:
+            file.write(more)
+        return bool(more)
+
+    assert [event["event"] for event in follow_events(path, go_on, pause=0.0)] == ["a", "b", "c"]

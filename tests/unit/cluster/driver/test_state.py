@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from cluster.driver.state import FILE, load_state, save_state
-from pipelines.machine.state import Phase, RunState
+from cluster.driver.state import load_state, save_state
+from pipelines.machine.state import STATE_FILE, Phase, RunState
 from tests.unit.pipelines.machine.test_run_state import filled
 
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    (tmp_path / FILE).parent.mkdir()
+    (tmp_path / STATE_FILE).parent.mkdir()
     return tmp_path
 
 
@@ -35,5 +35,5 @@ def test_saving_replaces_the_state_and_leaves_nothing_else(run_dir: Path) -> Non
     state.tokens += 1
     save_state(run_dir, state)
     assert load_state(run_dir) == state
-    assert [path.name for path in (run_dir / FILE).parent.iterdir()] == [Path(FILE).name]
-    assert json.loads((run_dir / FILE).read_text())["phase"] == "report"
+    assert [path.name for path in (run_dir / STATE_FILE).parent.iterdir()] == [Path(STATE_FILE).name]
+    assert json.loads((run_dir / STATE_FILE).read_text())["phase"] == "report"

@@ -23,6 +23,7 @@ from pipelines.machine.control import (
     control_config,
     final_mean,
     next_trial,
+    place,
     run_control,
     search,
 )
@@ -158,3 +159,12 @@ def test_controls_are_equal_whatever_ran_before(
         torch.rand(3)
         seen.add(final_mean(run_control(found, replace(setting, cfg=found), base, lambda rows: None)[0]))
     assert len(seen) == 1
+
+
+def test_a_trial_says_which_of_how_many_it_is() -> None:
+    cfg = configured([0.1, 0.2], 5, ["replay", "naive"])
+    first, second, beyond = Trial("replay", 0.1), Trial("naive", 0.1), Trial("replay", 0.4)
+    assert place(cfg, {}, (), first) == (1, 4)
+    assert place(cfg, {first.name: {}}, (Trial("replay", 0.2),), second) == (3, 4)
+    done: Dict[str, Dict[str, Any]] = {trial.name: {} for trial in (first, Trial("replay", 0.2), second)}
+    assert place(cfg, done, (Trial("naive", 0.2),), beyond) == (5, 5), "it widened"

@@ -19,9 +19,6 @@ from pipelines.gate.report import awake_rows
 from pipelines.report.events import Event, Timeline, build_timeline, describe_round, short_number
 from pipelines.report.looks import LookPoint, look_points, look_rows
 from pipelines.report.page import (
-    bits,
-    duration,
-    flop,
     headline,
     read_summary,
     render_summary_table,
@@ -30,6 +27,7 @@ from pipelines.report.page import (
 )
 from pipelines.report.plots import level_writes, matrix, online_loss, rounds, save, smooth, write_plots
 from pipelines.report.sides import sides
+from pipelines.report.words import bits, duration, flop
 
 BASE = ["english", "markdown"]
 STREAM = ["python", "cpp", "german", "latex"]
