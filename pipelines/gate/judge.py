@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Dict, List, Mapping, Sequence, Tuple
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 from nl_model.model import NestedLM
 from pipelines.config.schema import Config
@@ -57,7 +57,7 @@ class Judge:
         number: int,
         candidate: NestedLM,
         anchor: NestedLM,
-        awake: NestedLM,
+        awake: Optional[NestedLM],
         sources: List[str],
         recent: List[str],
         ending: Tuple[float, float],
@@ -66,6 +66,7 @@ class Judge:
 
         Args:
             number: the anchor's release.
+            awake: None where it is the candidate.
             recent: sources of the recent experience.
             ending: losses on the last batch, for the verdict.
         """
@@ -87,12 +88,13 @@ class Judge:
         }
         row = score(candidate, self.reported, sources, precision)
         lately = [source for source in sources if source in recent]
-        scored = [*sources * (1 + (not is_known)), *lately]
+        scored = [*sources * (1 + (not is_known)), *(lately if awake is not None else ())]
         read = sum(self.probes[source].tokens[:, 1:].size for source in scored)
         asked = sum(min(gate.prompts, len(self.probes[source].tokens)) for source in divergence)
         read += 2 * asked * self.cfg.model.context
         found = {source: old[source] for source in sources}
-        return Verdict(new, found, scores(awake, lately), divergence, recent, ending, row, read)
+        kept = {source: new[source] for source in lately} if awake is None else scores(awake, lately)
+        return Verdict(new, found, kept, divergence, recent, ending, row, read)
 
 
 def gather_evidence(

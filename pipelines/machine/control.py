@@ -135,10 +135,8 @@ def control_config(cfg: Config, trial: Trial, budget: Budget, setting: DataModul
         setting: the run's text.
     """
     full = float(full_step_flops(cfg.model, cfg.levels, setting.tokenizer.vocab_size))
-    per_token = budget.flops_per_token - gate_flops(cfg, setting, budget.tokens) / max(1, budget.tokens)
     changes = {
         "sleep.optimizer.lr": trial.learning_rate,
-        "sleep.epochs": max(0.0, per_token) / full,
         "run.deterministic": True,
         "when.policies": ["tokens"],
         "wake.recall": 0,
@@ -149,15 +147,17 @@ def control_config(cfg: Config, trial: Trial, budget: Budget, setting: DataModul
         "pool.zero_stage": 0,
         "pool.bf16_weights": False,
     }
-    return with_strategy(cfg, trial.strategy, changes)
+    found = with_strategy(cfg, trial.strategy, changes)
+    per_token = budget.flops_per_token - gate_flops(found, setting, budget.tokens) / max(1, budget.tokens)
+    return replace(found, sleep=replace(found.sleep, epochs=max(0.0, per_token) / full))
 
 
 def gate_flops(cfg: Config, setting: DataModule, tokens: int) -> float:
     """FLOPs that the gate reads for in a run of so many tokens with a round in every period (pipelines/gate/judge.py):
     the candidate on its sequences, the anchor in the first round, the awake model on one source, and the prompts twice.
 
-    How many sources a round's text comes from is not known beforehand: a control is charged for one, and so never gets
-    less than what it is compared with.
+    Where the learner trains every level its candidates are the awake model. Elsewhere it is not known beforehand how
+    many sources a round's text comes from: a control is charged for one, so that it never gets less than its due.
     """
     period = cfg.pool_period
     rounds = tokens // period + (tokens % period >= least_rest(period))
@@ -166,7 +166,7 @@ def gate_flops(cfg: Config, setting: DataModule, tokens: int) -> float:
     asked = sum(min(cfg.gate.prompts, len(probe.tokens)) for probe in probes) * cfg.model.context
     asked *= math.isfinite(cfg.gate.max_divergence)
     forward = float(forward_flops(cfg.model, cfg.levels, setting.tokenizer.vocab_size))
-    awake = read / max(1, len(probes))
+    awake = read / max(1, len(probes)) if cfg.wake.writes != "all" else 0.0
     return forward * (rounds * (read + awake + 2 * asked) + (read if rounds else 0))
 
 

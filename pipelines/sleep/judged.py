@@ -21,4 +21,5 @@ def judge_candidate(judge: Judge, found: Candidate, anchor: int, sources: List[s
     stored = mean_loss(at_rest, found.last.tokens_BS, host.cfg.compute.precision)
     ending = (stored if found.ending is None else found.ending, stored)
     models = found.models
-    return judge.measure(anchor, at_rest, models.anchor, models.awake, sources, found.recent_sources, ending)
+    awake = models.awake if found.steps else None  # nothing was trained: the candidate is the awake model
+    return judge.measure(anchor, at_rest, models.anchor, awake, sources, found.recent_sources, ending)
