@@ -64,8 +64,9 @@ def run(
     if log_format not in ("text", "json"):
         raise ValueError(f"--log-format {log_format!r} is neither text nor json; give one of them")
     cfg = read_config(arguments)
-    if cfg.ray.address is None and not os.environ.get("RAY_ADDRESS"):
-        # What Ray does by itself in a cluster that it starts; chosen, it needs no warning. It is read at the import.
+    if cfg.ray.address is None and not os.environ.get("RAY_ADDRESS") and "ray" not in sys.modules:
+        # What Ray does by itself in a cluster that it starts; chosen, it needs no warning. Ray reads it when it is
+        # imported: set later, its daemons would ask for a token that this process does not send.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     from cluster.driver.run import run as drive  # noqa: PLC0415 (torch and ray load only once the arguments are right)
 
