@@ -1,7 +1,7 @@
-"""The result tables of README.md, from a run and from RESULTS.md.
+"""The result tables of README.md and docs/MODEL.md, from runs and from RESULTS.md.
 
 `python -m benchmarks.readme RUN_DIR` keeps the run's figures in benchmarks/results/default-run.json and writes the
-tables; without RUN_DIR it writes them from what is kept; `--check` writes nothing and fails where README.md differs.
+tables; without RUN_DIR it writes them from what is kept; `--check` writes nothing and fails where a page differs.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pipelines.report.sides import sides
 from pipelines.report.words import duration
 
 README = Path(__file__).resolve().parents[1] / "README.md"
+MODEL_PAGE = README.parent / "docs" / "MODEL.md"
 KEPT = Path(__file__).parent / "results" / "default-run.json"
 MODEL = KEPT.with_name("model.json")
 REAL = KEPT.with_name("real-run.json")
@@ -142,7 +143,7 @@ def fill(text: str, name: str, body: str) -> str:
     before, opened, rest = text.partition(start)
     _, closed, after = rest.partition(end)
     if not opened or not closed or text.count(start) > 1 or text.count(end) > 1:
-        raise ValueError(f"README.md must have {start} once and below it {end} once; add them where the table belongs")
+        raise ValueError(f"the page must have {start} once and below it {end} once; add them where the table belongs")
     return f"{before}{start}\n{body}\n{end}{after}"
 
 
@@ -172,19 +173,20 @@ def render_real(outcome: Mapping[str, Any]) -> str:
     )
 
 
-BLOCKS: dict[str, tuple[Path, Callable[..., str]]] = {
-    "model": (MODEL, render_model),
-    "real": (REAL, render_real),
+BLOCKS: dict[Path, tuple[str, Path, Callable[..., str]]] = {
+    MODEL_PAGE: ("model", MODEL, render_model),
+    README: ("real", REAL, render_real),
 }
-"""Tables of README.md that come from kept figures, by marker; left as they are where the file is not there."""
+"""By page: the marker of its table that comes from kept figures, and how it is made of them."""
 
 
-def filled(readme: str, kept: Mapping[str, Any], results: str, blocks: bool = False) -> str:
-    """README.md as text with its tables; `blocks`: those of `BLOCKS` too."""
-    text = fill(fill(readme, "results", render_results(kept)), "bench", render_bench(results))
-    for name, (path, render) in BLOCKS.items() if blocks else ():
-        if path.is_file():
-            text = fill(text, name, render(json.loads(path.read_text(encoding="utf-8"))))
+def filled(page: Path, text: str, kept: Mapping[str, Any], results: str) -> str:
+    """The text of a page with its tables: those of the main job on every page but MODEL_PAGE, that of `BLOCKS`."""
+    if page != MODEL_PAGE:
+        text = fill(fill(text, "results", render_results(kept)), "bench", render_bench(results))
+    if page in BLOCKS:
+        name, path, render = BLOCKS[page]
+        text = fill(text, name, render(json.loads(_read(path, "see docs/LOG.md for the command that makes it"))))
     return text
 
 
@@ -194,46 +196,47 @@ def _read(path: Path, remedy: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def difference(readme: Path = README, kept: Path = KEPT, results: Path = RESULTS) -> str:
-    """What writing the tables would change in README.md, as a unified diff; empty where it is up to date.
+def difference(page: Path = README, kept: Path = KEPT, results: Path = RESULTS) -> str:
+    """What writing the tables would change in a page, as a unified diff; empty where it is up to date.
 
     Raises ValueError where one of the files or a marker is missing.
     """
-    text = _read(readme, "write it first")
+    text = _read(page, "write it first")
     figures = json.loads(_read(kept, "make it with: python -m benchmarks.readme RUN_DIR"))
-    wanted = filled(text, figures, _read(results, "make it with: make bench"), readme == README)
+    wanted = filled(page, text, figures, _read(results, "make it with: make bench"))
     before, after = text.splitlines(keepends=True), wanted.splitlines(keepends=True)
-    return "".join(difflib.unified_diff(before, after, "README.md", "README.md as it should be"))
+    return "".join(difflib.unified_diff(before, after, page.name, f"{page.name} as it should be"))
 
 
-def write(run_dir: Path | None, readme: Path = README, kept: Path = KEPT, results: Path = RESULTS) -> None:
-    """Keep a run's figures, if one is given, and write README.md's tables.
+def write(run_dir: Path | None, page: Path = README, kept: Path = KEPT, results: Path = RESULTS) -> None:
+    """Keep a run's figures, if one is given, and write a page's tables.
 
     Raises ValueError, before anything is written, where one of the files or a marker is missing.
     """
-    text = _read(readme, "write it first")
+    text = _read(page, "write it first")
     if run_dir is None:
         figures = json.loads(_read(kept, "make it with: python -m benchmarks.readme RUN_DIR"))
     else:
         figures = keep(run_dir)
-    wanted = filled(text, figures, _read(results, "make it with: make bench"), readme == README)
+    wanted = filled(page, text, figures, _read(results, "make it with: make bench"))
     kept.parent.mkdir(parents=True, exist_ok=True)
     write_durably(kept, (json.dumps(figures, indent=1) + "\n").encode())
-    write_durably(readme, wanted.encode())
+    write_durably(page, wanted.encode())
 
 
 def main() -> None:
     """Entry point: exit status 1 where --check finds a difference, 2 where something is missing."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__)
     parser.add_argument("run_dir", nargs="?", type=Path, metavar="RUN_DIR", help="a finished run, else the kept one")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where README.md is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a page is out of date")
     arguments = parser.parse_args()
     if arguments.check and arguments.run_dir is not None:
-        parser.error("--check compares README.md with what is kept; leave RUN_DIR out")
+        parser.error("--check compares pages with what is kept; leave RUN_DIR out")
     try:
         if not arguments.check:
             write(arguments.run_dir)
-        elif changes := difference():
+            write(None, MODEL_PAGE)
+        elif changes := difference() + difference(MODEL_PAGE):
             print(changes)
             sys.exit(1)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The README's examples of the model run as they stand there."""
+"""The examples of docs/MODEL.md run as they stand there."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from nl_model.hf import RetrofitConfig, import_checkpoint, load_model
 from tests.unit.nl_model.hf_checkpoints import VOCAB, save_checkpoint
 
-README = Path(__file__).resolve().parents[3] / "README.md"
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "MODEL.md"
 
 
 def example(number: int) -> Any:
     """A Python example by its place."""
-    found = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    found = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(found) == 2
-    return compile(found[number], str(README), "exec")
+    return compile(found[number], str(PAGE), "exec")
 
 
 def test_the_example_of_an_imported_model_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
