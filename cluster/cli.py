@@ -6,14 +6,16 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import List, Optional, Tuple
+from typing import List, NoReturn, Optional, Tuple
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pipelines.config.load import load_config, to_yaml
 from pipelines.config.schema import Config
+from pipelines.data.printable import printable
 
 app = typer.Typer(
     name="circadian",
@@ -95,7 +97,7 @@ def report(run_dir: Path = typer.Argument(..., help="A run directory.")) -> None
     page = write_report(run_dir)
     console = Console()
     console.print(render_summary_table(json.loads((run_dir / "summary.json").read_text())))
-    console.print(f"report: {page}")
+    console.print(f"report: {page}", markup=False)
 
 
 @app.command()
@@ -192,7 +194,7 @@ def store_ls(path: Path = typer.Argument(..., metavar="DIR", help="An experience
 
     table = Table("segment", "rows", "bytes", "sealed", "keys", "sources")
     for entry in list_store(path):
-        sources = ", ".join(f"{name} {rows:,}" for name, rows in sorted(entry.sources.items()))
+        sources = ", ".join(f"{printable(name)} {rows:,}" for name, rows in sorted(entry.sources.items()))
         keys = f"{entry.min_key} .. {entry.max_key}"
         table.add_row(
             f"{entry.segment:08d}",
@@ -200,7 +202,7 @@ def store_ls(path: Path = typer.Argument(..., metavar="DIR", help="An experience
             f"{entry.bytes:,}",
             "yes" if entry.sealed else "no",
             keys,
-            sources,
+            Text(sources),
         )
     Console().print(table)
 
@@ -218,7 +220,7 @@ def store_verify(path: Path = typer.Argument(..., metavar="DIR", help="An experi
         f"orphan bytes {found.orphan_bytes:,}"
     )
     for error in found.errors:
-        console.print(f"[red]{error}[/red]")
+        console.print(Text(printable(error), style="red"))
     raise typer.Exit(0 if found.ok else 1)
 
 
@@ -243,19 +245,23 @@ def version() -> None:
         typer.echo(f"{name} {number}")
 
 
+def _refuse(error: Exception, status: int) -> NoReturn:
+    """Say what is wrong, and exit. Names in it may come from data; new lines are those of the message."""
+    print(f"error: {printable(error, keep=chr(10))}", file=sys.stderr)
+    sys.exit(status)
+
+
 def main() -> None:
     """Entry point: errors of users become one line and exit status 2, a run that failed exit status 1."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         app()
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(error, 2)
     except RuntimeError as error:
         if type(error).__name__ not in ("RunFailed", "PoolError"):
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        _refuse(error, 1)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from pipelines.config.load import differences, load_config, to_yaml
 from pipelines.config.schema import Config
 from pipelines.data.facts import data_facts
 from pipelines.data.module import DataModule, open_data
+from pipelines.data.printable import printable_values
 from pipelines.experience import verify_recent
 from pipelines.report.events import EventLog
 
@@ -123,7 +124,7 @@ def run(cfg: Config, console: Console) -> int:
             def emit(event: str, **fields: Any) -> Any:
                 with guard:
                     entry = log.emit(event, **fields)
-                    view.handle(entry)
+                    view.handle(printable_values(entry))
                 return entry
 
             return _drive(cfg, run_dir, setting, emit, signals, resumed, console)
@@ -145,7 +146,7 @@ def _drive(
 
     def leave() -> None:
         emit("stopped", reason="asked to stop", tokens=_position(signals))
-        console.print(f"stopped; everything is committed. The same command continues {run_dir}")
+        console.print(f"stopped; everything is committed. The same command continues {run_dir}", markup=False)
         _leave_at_once()
 
     try:
@@ -182,7 +183,7 @@ def _drive(
         leave()
     ray.shutdown()
     console.print(render_summary_table(summary))
-    console.print(f"report: {report}")
+    console.print(f"report: {report}", markup=False)
     return 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 _ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
@@ -15,6 +17,15 @@ def printable(text: object, keep: str = "") -> str:
         keep: characters that stay as they are, for instance new lines of a message.
     """
     return "".join(sign if sign.isprintable() or sign in keep else _escape(sign) for sign in str(text))
+
+
+def printable_values(value: Any) -> Any:
+    """A JSON-able value with every text in it made printable, keys too."""
+    if isinstance(value, dict):
+        return {printable(key): printable_values(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [printable_values(item) for item in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 def _escape(sign: str) -> str:

@@ -12,7 +12,9 @@ from typing import Any, Optional
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.table import Table
+from rich.text import Text
 
+from pipelines.data.printable import printable
 from pipelines.dreams.report import dream_section
 from pipelines.gate.report import awake_rows, gate_rows
 from pipelines.report.events import Timeline, build_timeline, describe_round, read_events, short_number
@@ -149,7 +151,7 @@ def render_summary_table(summary: Mapping[str, Any]) -> Table:
     for section in (headline(summary), source_lines(summary)):
         for line in section:
             cells = [f"[bold green]{text}[/]" if i == line.best else text for i, text in enumerate(line.cells)]
-            table.add_row(line.label.replace("[", r"\["), *cells)
+            table.add_row(Text(printable(line.label)), *cells)
         table.add_section()
     return table
 

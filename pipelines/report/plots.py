@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from pipelines.data.printable import printable
 from pipelines.report.events import Point, RoundSpan, Timeline, describe_round, short_number
 from pipelines.report.looks import look_points
 from pipelines.report.sides import sides
@@ -234,6 +235,12 @@ def _look(timeline: Timeline, source: str) -> tuple[str, str]:
     return COLOURS[index % len(COLOURS)], DASHES[index // len(COLOURS) % len(DASHES)]
 
 
+def _name(text: str) -> str:
+    """A name as it is: not as a formula, and in the legend though it begins with an underscore."""
+    shown = printable(text).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
 def _draw_sources(axes: Axes, timeline: Timeline, series: Mapping[str, Sequence[Point]], thin: bool = False) -> None:
     steps = sorted({tokens for points in series.values() for tokens, _ in points})
     stride = float(np.median(np.diff(steps))) if len(steps) > 1 else 1.0
@@ -259,7 +266,7 @@ def _source_legend(axes: Axes, timeline: Timeline, series: Mapping[str, Any]) ->
     lines = []
     for source in [name for name in timeline.sources if name in series][: 3 * MAX_LABELS]:
         colour, dash = _look(timeline, source)
-        lines.append(Line2D([], [], color=colour, ls=dash, lw=2, label=source))
+        lines.append(Line2D([], [], color=colour, ls=dash, lw=2, label=_name(source)))
     axes.legend(handles=lines, loc="upper left", bbox_to_anchor=(1.005, 1), frameon=False, fontsize=9)
 
 
@@ -357,8 +364,8 @@ def _draw_grid(
             weight = "bold" if row == len(labels) - 1 else "normal"
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, size=size, weight=weight)
     axes.axvline(len(sources) - 0.5, color="white", lw=4)
-    axes.set_xticks(range(len(sources) + 1), [*sources, "mean"], rotation=30, ha="right", size=9)
-    axes.set_yticks(range(len(labels)), labels, size=size)
+    axes.set_xticks(range(len(sources) + 1), [*map(_name, sources), "mean"], rotation=30, ha="right", size=9)
+    axes.set_yticks(range(len(labels)), list(map(_name, labels)), size=size)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     return image

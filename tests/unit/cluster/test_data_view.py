@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
+from cluster.cli import main, store_ls
 from cluster.data_view import LINES, show_data
 from pipelines.config.load import load_config
 from pipelines.data.facts import DataFacts, data_facts
 from pipelines.data.module import open_data
+from pipelines.data.printable import printable
+from pipelines.experience import ExperienceStore, Record
 
 TEXT = "".join(f"Line {i} of a text about rivers, lamps and stones, number {i * i}.\n\n" for i in range(400))
 
@@ -55,6 +60,35 @@ def test_names_of_sources_are_shown_as_they_are(folder: Path, name: str, shown: 
     output = seen(facts_of(folder))
     assert [line for line in output.splitlines() if line.startswith(shown)], output
     assert all(sign.isprintable() for sign in output.replace("\n", ""))
+
+
+@pytest.mark.parametrize("name", ["[/x]", "[wiki]", "back\\", "\x1b[2Jgone", "one\ntwo", "news\u202etxt"])
+def test_the_list_of_a_store_shows_names_as_they_are(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = Record(
+        key=0, source=name, document=0, offset=0, subject=None, kind="real", surprise=1.0, fast_step=0, release=0,
+        tokens=np.zeros(17, np.uint16),
+    )  # fmt: skip
+    with ExperienceStore.open(tmp_path / "store", 16, "uint16") as store:
+        store.append([row])
+        store.commit()
+    monkeypatch.setenv("COLUMNS", "200")
+    store_ls(tmp_path / "store")
+    output = capsys.readouterr().out
+    assert f" {printable(name)} 1 " in output and all(sign.isprintable() for sign in output.replace("\n", ""))
+
+
+def test_errors_show_names_as_they_are(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "two\x1b[2J.txt").write_text(TEXT)
+    words = ["circadian", "validate", "smoke", f"stream.path={folder}", "stream.sources=[nosuch]", "base.sources=[]"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and r"aa, bb, two\x1b[2J" in said and "\x1b" not in said
 
 
 def test_names_of_files_are_shown_as_they_are(folder: Path) -> None:

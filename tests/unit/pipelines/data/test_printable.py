@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.data.printable import printable
+from pipelines.data.printable import printable, printable_values
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,20 @@ def test_any_text_can_be_shown_and_shown_again(text: str) -> None:
 
 def test_messages_keep_their_lines() -> None:
     assert printable("first\nsecond\x1b", keep="\n") == "first\nsecond\\x1b"
+
+
+def test_every_text_of_an_event_is_made_printable() -> None:
+    event = {
+        "t": 1.5,
+        "sources": ["\x1b[31m", "plain"],
+        "steps": [{"bpb": {"a\nb": 2.0, "c": None}}],
+        "n": 3,
+        "on": True,
+    }
+    assert printable_values(event) == {
+        "t": 1.5,
+        "sources": [r"\x1b[31m", "plain"],
+        "steps": [{"bpb": {r"a\nb": 2.0, "c": None}}],
+        "n": 3,
+        "on": True,
+    }
