@@ -40,7 +40,8 @@ class ParquetPart:
                 count = file.metadata.row_group(group).num_rows
                 if first + count > start:
                     position = first
-                    for batch in file.iter_batches(256, row_groups=[group], columns=list(dict.fromkeys(wanted))):
+                    options = {"row_groups": [group], "columns": list(dict.fromkeys(wanted))}
+                    for batch in _batches(file, self.path, 256, first, **options):
                         if position + batch.num_rows > start:
                             yield from self._batch(batch, position, start)
                         position += batch.num_rows
@@ -70,6 +71,22 @@ class ParquetPart:
                 yield Row(position, text, size, subjects[index])
 
 
+def _batches(file: Any, path: Path, size: int, first: int, **options: Any) -> Iterator[Any]:
+    """Batches of rows; ValueError naming file and row where what lies on disk is damaged.
+
+    Args:
+        first: number of the first row, for the error.
+    """
+    try:
+        batches, row = file.iter_batches(size, **options), first
+        while (batch := next(batches, None)) is not None:
+            yield batch
+            row += batch.num_rows
+    except (pa.ArrowException, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: damaged at row {row} or soon after ({reason}); restore it, or remove it") from None
+
+
 def _values(batch: Any, name: str) -> List[Optional[str]]:
     if name not in batch.schema.names:
         return [None] * int(batch.num_rows)
@@ -85,6 +102,9 @@ def open_parquet(path: Path, fields: Fields) -> Any:
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path}: not a Parquet file ({error})") from None
     schema = file.schema_arrow
+    for name in (fields.text, fields.source, SUBJECT_FIELD):
+        if schema.names.count(name) > 1:
+            raise ValueError(f"{path}: {schema.names.count(name)} columns are called {name!r}; rename all but one")
     if fields.text not in schema.names:
         raise ValueError(
             f"{path}: no column {fields.text!r} (stream.text_field); the columns are: {', '.join(schema.names)}"
@@ -111,7 +131,7 @@ def survey_parquet(path: Path, fields: Fields) -> Iterator[Tuple[str, np.ndarray
                 yield fields.default, rows, np.full_like(rows, mean)
                 first += group.num_rows
             return
-        for batch in file.iter_batches(_SURVEY_ROWS, columns=[fields.source]):
+        for batch in _batches(file, path, _SURVEY_ROWS, 0, columns=[fields.source]):
             names = np.array([name or fields.default for name in _values(batch, fields.source)], dtype=object)
             for name in sorted(set(names.tolist())):
                 rows = first + np.flatnonzero(names == name)

@@ -7,12 +7,13 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Dict, Iterator, Optional, Protocol, Tuple
+from typing import Any, BinaryIO, Dict, Iterator, Optional, Protocol, Tuple, Union
 
 BLOCK_BYTES = 8192
 SUBJECT_FIELD = "subject"
 _CHUNK = 1 << 20
 _PARSED_AT_OPEN = 100
+_MOST_DIGITS = 4000
 _BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
 
 
@@ -193,10 +194,24 @@ class JsonlPart:
                 if self.source == self.fields.default:
                     yield Row(position, "", size, problem=too_long(size, self.limit))
                 continue
-            values = _parse(self.path, position, line, self.fields)
+            try:
+                values = _parse(self.path, position, line, self.fields)
+            except _TooDeepError as error:
+                if self.source == self.fields.default:
+                    yield Row(position, "", size, problem=str(error))
+                continue
             if values is None or _source_of(values, self.fields) != self.source:
                 continue
             yield _row(position, values[self.fields.text], values.get(SUBJECT_FIELD))
+
+
+class _TooDeepError(Exception):
+    """A line whose lists and objects are nested deeper than Python's parser goes."""
+
+
+def _integer(digits: str) -> Union[int, float]:
+    """A whole number, infinite where Python would refuse to read its digits: what it is for, nobody asks."""
+    return int(digits) if len(digits) <= _MOST_DIGITS else float(digits)
 
 
 def _row(position: int, text: str, subject: Any) -> Row:
@@ -240,7 +255,9 @@ def _where(path: Path, position: int) -> str:
 def _parse(path: Path, position: int, line: bytes, fields: Fields) -> Optional[Dict[str, Any]]:
     """The object on a line; None where its text is null or blank."""
     try:
-        values = json.loads(line.decode("utf-8-sig" if position == 0 else "utf-8"))
+        values = json.loads(line.decode("utf-8-sig" if position == 0 else "utf-8"), parse_int=_integer)
+    except RecursionError:
+        raise _TooDeepError("its lists and objects are nested too deeply to be read") from None
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{_where(path, position)}: the bytes at offset {position + error.start} are not UTF-8; re-encode as UTF-8"
@@ -275,7 +292,13 @@ def survey_jsonl(path: Path, fields: Fields, limit: int) -> Iterator[Tuple[str, 
             yield fields.default, position, size, too_long(size, limit)
         elif number >= _PARSED_AT_OPEN and key not in line:
             yield fields.default, position, size, None
-        elif (values := _parse(path, position, line, fields)) is not None:
-            row = _row(position, values[fields.text], None)
-            problem = too_long(row.size, limit) if row.size > limit else row.problem
-            yield _source_of(values, fields), position, row.size, problem
+        else:
+            try:
+                values = _parse(path, position, line, fields)
+            except _TooDeepError as error:
+                yield fields.default, position, size, str(error)
+                continue
+            if values is not None:
+                row = _row(position, values[fields.text], None)
+                problem = too_long(row.size, limit) if row.size > limit else row.problem
+                yield _source_of(values, fields), position, row.size, problem
