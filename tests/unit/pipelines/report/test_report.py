@@ -14,7 +14,6 @@ import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
-from pipelines.data.printable import printable
 from pipelines.gate.report import awake_rows
 from pipelines.report.events import Event, Timeline, build_timeline, describe_round, short_number
 from pipelines.report.looks import LookPoint, look_points, look_rows
@@ -25,7 +24,7 @@ from pipelines.report.page import (
     source_lines,
     write_report,
 )
-from pipelines.report.plots import level_writes, matrix, online_loss, rounds, save, smooth, write_plots
+from pipelines.report.plots import level_writes, matrix, rounds, save, smooth, write_plots
 from pipelines.report.sides import sides
 from pipelines.report.words import bits, duration, flop
 
@@ -303,22 +302,6 @@ def test_the_terminal_table_holds_all_sides() -> None:
         assert f"{side['mean_final_bpb']:.3f}" in text
     for part in ("Circadian", "replay", "naive", "940 TFLOP", "latex", "[red]odd", "best at the edge of"):
         assert part in text
-
-
-@pytest.mark.parametrize("name", ["[/x]", "a$\\b$", "_hidden", "$", "\x1b[31m", "one\ntwo", "back\\", "\u202eturned"])
-def test_any_name_of_a_source_can_be_shown_and_drawn(tmp_path: Path, name: str) -> None:
-    """Not as markup, as a formula, or as control of the terminal."""
-    summary = make_summary(control=True)
-    summary["sources"] = [name, *summary["sources"][1:]]
-    console = Console(file=io.StringIO(), width=160)
-    console.print(render_summary_table(summary))
-    assert isinstance(console.file, io.StringIO)
-    assert [line for line in console.file.getvalue().splitlines() if line.startswith(f"│ {printable(name)} ")]
-    timeline = build_timeline(make_events(16))
-    timeline.sources.append(name)
-    timeline.bpb[name] = [(1, 2.0), (2, 2.5)]
-    for number, figure in enumerate((matrix(summary), online_loss(timeline))):
-        figure.savefig(tmp_path / f"{number}.png", dpi=30)
 
 
 def test_looks_are_means_over_the_sources_that_both_models_were_measured_on() -> None:
