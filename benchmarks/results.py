@@ -20,6 +20,7 @@ RESULTS = Path(__file__).with_name("RESULTS.md")
 KEPT = Path(__file__).parent / "results"
 CHAPTERS = {
     "real-run": "A run against strategy=replay",
+    "real-run-shuffled": "The same on text that does not shift",
     "model": "The model against a plain transformer",
     "streaming": "A million tokens in fixed memory",
     "levels": "Five levels against one, two and three",
