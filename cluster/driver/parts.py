@@ -236,7 +236,7 @@ class PoolPart:
 
     def _show_base(self, step: int, steps: int, loss: float) -> None:
         """How far the base is, and how fast since it was asked last."""
-        now, size = time.monotonic(), self.cfg.base.batch * self.cfg.pool.ranks * self.cfg.model.context
+        now, size = time.monotonic(), self.cfg.base.batch * self.cfg.model.context
         (then, before), self.last_seen = self.last_seen, (now, step)
         speed = max(0, step - before) * size / max(now - then, 1e-9)
         self.emit("base_progress", tokens=step * size, of=steps * size, tokens_per_second=speed, loss=loss)

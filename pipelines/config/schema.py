@@ -21,7 +21,7 @@ WRITES = ("fast", "none", "all")
 MOST_RECALL = 1 << 30
 LARGEST_SEED = (1 << 31) - 1
 """What every generator of random numbers takes."""
-SHIPPED_SOURCE_BYTES = 196608
+SHIPPED_SOURCE_BYTES = 65536
 """Bytes of each source of the installation's own texts that are streamed where nothing is said."""
 TOKENIZERS = ("byte", "bpe")
 
@@ -80,7 +80,7 @@ class StreamConfig:
     transition: int = 65536
     """Tokens over which a soft schedule moves from one source to the next."""
     max_source_bytes: int = -1
-    """Most bytes streamed per source; 0: no limit. -1: 196608 of the installation's texts, all of your own."""
+    """Most bytes streamed per source; 0: no limit. -1: 65536 of the installation's texts, all of your own."""
     probe_bytes: int = 8192
     """Held-out bytes per source used as its probe."""
     text_field: str = "text"

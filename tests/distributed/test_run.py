@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+from cluster.driver.finished import FINISHED
 from cluster.storage.releases import Releases, load_release, read_release
 from nl_model.model import NestedLM
 from nl_model.weights import load_into, split
@@ -232,10 +233,12 @@ def test_the_other_commands_work_on_it(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_run_directory_in_use_is_refused(run: Run, tmp_path: Path) -> None:
+    (run.directory / FINISHED).rename(tmp_path / "kept")  # a run that has ended needs no lock to say so
     with (run.directory / ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = circadian(*run.arguments(), cwd=tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
+    (tmp_path / "kept").rename(run.directory / FINISHED)
     assert f"{os.fspath(run.directory)} is being run by another process" in done.stderr
 
 

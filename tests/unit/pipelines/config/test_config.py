@@ -42,9 +42,14 @@ def write(tmp_path: Path) -> Callable[[str], str]:
 def test_the_shipped_default_is_the_defaults_but_for_what_makes_it_repeatable_and_measured() -> None:
     plain = Config()
     shipped = load_config("default")
-    assert shipped.run == RunSection(name="default", deterministic=True)
-    assert shipped.sleep == replace(plain.sleep, epochs=1.0) and shipped.report.look_every > 0
-    assert replace(shipped, run=plain.run, sleep=plain.sleep, report=plain.report) == plain
+    assert shipped.run == RunSection(name="default", deterministic=True, lag=0.5) and shipped.report.look_every > 0
+    muon = replace(plain.sleep.optimizer, name="muon", lr=1e-2)
+    assert shipped.sleep == replace(plain.sleep, epochs=2.0, average=25, optimizer=muon)
+    periods = {name: level.period for name, level in shipped.levels.items()}
+    assert periods == {"fast": 2048, "medium": 4096, "slow": 8192} and list(periods) == list(plain.levels)
+    assert shipped.levels == {name: replace(plain.levels[name], period=period) for name, period in periods.items()}
+    sections = ("run", "sleep", "report", "levels", "gate", "control")
+    assert replace(shipped, **{name: getattr(plain, name) for name in sections}) == plain
 
 
 def test_every_shipped_configuration_is_valid() -> None:
@@ -56,7 +61,7 @@ def test_every_shipped_configuration_is_valid() -> None:
 @pytest.mark.parametrize(
     ("name", "overrides", "limit"),
     [
-        ("default", [], 196_608),
+        ("default", [], 65_536),
         ("default", ["stream.path=/texts"], 0),
         ("default", ["stream.path=/texts", "stream.max_source_bytes=-1"], 0),
         ("default", ["stream.path=/texts", "stream.max_source_bytes=196608"], 196_608),
@@ -286,7 +291,7 @@ def test_levels_that_form_no_hierarchy(write: Callable[[str], str], levels: str,
             ["sleep.teacher=0.1", "sleep.on_policy=0.5", "sleep.continuation=127", "model.context=128"],
             r"continuation=127.*at most 126",
         ),
-        (["sleep.teacher=0.1", "sleep.on_policy=0.5", "pool.zero_stage=3"], r"pool\.zero_stage=2 or less"),
+        (["sleep.teacher=0.1", "sleep.on_policy=0.5", "pool.zero_stage=3", "sleep.optimizer.name=adamw"], r"pool\.zero_stage=2 or less"),
         (["sleep.imitation.weight=0.5"], r"sleep\.imitation\.weight.*sleep\.on_policy"),
         (["sleep.imitation.semantic=2"], r"sleep\.imitation\.semantic=2"),
         (["sleep.imitation.cutoff=-1"], r"sleep\.imitation\.cutoff=-1 must be at least 0"),

@@ -114,7 +114,8 @@ def test_controls_are_for_shipped_text_unless_asked_for(overrides: list[str], tr
 
 
 def test_the_grid_of_a_control_spans_the_step_size_of_the_base() -> None:
-    assert load_config("default", ["base.lr=0.004"]).control.grid(0.004) == [0.002, 0.004, 0.008]
+    spanned = load_config("default", ["base.lr=0.004", "control.learning_rates=[]"])
+    assert spanned.control.grid(0.004) == [0.002, 0.004, 0.008]
     assert load_config("default", ["control.learning_rates=[0.2,0.1]"]).control.grid(0.004) == [0.1, 0.2]
 
 
