@@ -71,7 +71,8 @@ class Der(NoHook):
             return nll_BT
         device, parts = logits_BTV.device, [self.stored[int(batch.keys_B[i])] for i in rows]
         ids_BTK = torch.stack([ids for ids, _ in parts]).long().to(device) % (1 << 16)
-        logs_BTK = torch.stack([logs for _, logs in parts]).float().to(device)
+        # To float32 first: autocast on the CPU stacks no halves.
+        logs_BTK = torch.stack([logs.float() for _, logs in parts]).to(device)
         tail_BT = torch.log1p(-logs_BTK.exp().sum(-1).clamp_max(1.0 - 1e-6))
         pull_BT = forward_kl(logits_BTV[rows], TopK(ids_BTK, logs_BTK, tail_BT))
         loss_BT = nll_BT.clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Callable, Dict, List, Tuple
 
 import numpy as np
@@ -184,6 +185,14 @@ def test_der_learns_replayed_text_with_what_was_said_of_it(cfg: Config, make_mod
     assert float(loss[0].abs().max()) < 2e-2, "the model says what it said, but for sixteen bits"
     assert torch.equal(loss[1], nll[1]), "of the base nobody said anything"
     assert hook.costs(cfg, 257).stored == 4 * 8
+
+
+def test_der_trains_in_half_precision(cfg: Config, make_model: Make) -> None:
+    halves = replace(cfg, compute=replace(cfg.compute, precision="bf16"))
+    learner = Learner(halves, make_model, Der(0.5))
+    learner.read(40)
+    assert learner.training.hook.stored, "nothing was replayed with what was said of it"
+    assert all(torch.isfinite(weight).all() for weight in learner.weights().values())
 
 
 def test_der_keeps_no_more_than_replay_holds(make_config: Callable[..., Config], make_model: Make) -> None:
