@@ -15,6 +15,8 @@ from pipelines.config.schema import Config
 from pipelines.wake.hooks import HookCosts
 
 NOTHING = HookCosts()
+HALVINGS = 60
+"""Of the interval in which the trained share lies: down to a float's precision."""
 
 
 def learner_writes(model: Levelled, cfg: Config) -> List[str]:
@@ -56,10 +58,13 @@ def wake_flops(cfg: Config, vocab_size: int, costs: HookCosts = NOTHING) -> floa
 
 def _writing(cfg: Config, vocab_size: int, trained: float) -> float:
     """FLOPs per streamed token of the writes of a learner that trains every level: one per wake step, or one per pass
-    over its new text where it makes several."""
-    passes = max(1, math.ceil(trained * (1.0 - cfg.wake.replay) - 1e-9))
+    over its new text where it makes several. Its steps train on the whole numbers of sequences around the mean."""
+    batch = cfg.wake.batch
+    visits = trained * (1.0 - cfg.wake.replay) * batch
+    fewest, share = math.floor(visits + 1e-9), max(0.0, visits - math.floor(visits + 1e-9))
+    few, many = (max(1, math.ceil(number / batch)) for number in (fewest, fewest + 1))
     one = write_flops(cfg.model, cfg.levels, vocab_size, cfg.sleep.optimizer)
-    return passes * one / (cfg.wake.batch * cfg.model.context)
+    return ((1.0 - share) * few + share * many) * one / (batch * cfg.model.context)
 
 
 def pool_flops(cfg: Config, vocab_size: int) -> float:
@@ -85,13 +90,16 @@ def with_budget(cfg: Config, vocab_size: int, costs: HookCosts = NOTHING) -> Con
         sleep = replace(sleep, tokens_per_token=0.0)
     if not sleep.epochs:
         return replace(cfg, sleep=sleep)
-    full, forward = float(full_step_flops(*shape)), float(forward_flops(*shape))
+    budget = sleep.epochs * full_step_flops(*shape)
     if wake.writes != "all":
-        left = max(0.0, sleep.epochs * full - wake_flops(cfg, vocab_size)) / pool_flops(cfg, vocab_size)
+        left = max(0.0, budget - wake_flops(cfg, vocab_size)) / pool_flops(cfg, vocab_size)
         return replace(cfg, sleep=replace(sleep, tokens_per_token=left, epochs=0.0))
-    new, step = 1.0 - wake.replay, full + costs.trained
-    budget = sleep.epochs * full - costs.streamed - _writing(cfg, vocab_size, sleep.epochs)
-    trained = budget / step
-    if new * trained < 1.0:  # some text is only read, which costs a forward pass; what is trained on is read with it
-        trained = (budget - forward) / (step - new * forward)
-    return replace(cfg, wake=replace(wake, trained=max(0.0, trained)), sleep=replace(sleep, epochs=0.0))
+
+    def training(share: float) -> Config:
+        return replace(cfg, wake=replace(wake, trained=share), sleep=replace(sleep, epochs=0.0))
+
+    least, most = 0.0, budget / (full_step_flops(*shape) + costs.trained)
+    for _ in range(HALVINGS):
+        middle = (least + most) / 2.0
+        least, most = (middle, most) if wake_flops(training(middle), vocab_size, costs) < budget else (least, middle)
+    return training(least)

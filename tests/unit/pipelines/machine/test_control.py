@@ -119,12 +119,18 @@ def test_a_trial_that_diverged_is_worse_than_any_other() -> None:
     assert final_mean(ended(math.nan)["rows"]) == final_mean(ended(math.inf)["rows"]) == math.inf
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])  # a write of which costs as much as tokens do
 @pytest.mark.parametrize("epochs", [0.8, 1.13, 2.0, 3.7])
 @pytest.mark.parametrize("strategy", ["replay", "naive"])
 def test_a_control_spends_what_the_run_spent_from_the_runs_base(
-    strategy: str, epochs: float, make_config: Callable[..., Config], make_model: Callable[..., NestedLM]
+    strategy: str,
+    epochs: float,
+    optimizer: str,
+    make_config: Callable[..., Config],
+    make_model: Callable[..., NestedLM],
 ) -> None:
     cfg = make_config()
+    cfg = replace(cfg, sleep=replace(cfg.sleep, optimizer=replace(cfg.sleep.optimizer, name=optimizer)))
     setting = open_data(cfg)
     stream, sequences = setting.stream(), 0
     while batch := stream.next_batch(4):
