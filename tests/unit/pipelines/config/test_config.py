@@ -43,7 +43,7 @@ def test_the_shipped_default_is_the_defaults_but_for_what_makes_it_repeatable_an
     plain = Config()
     shipped = load_config("default")
     assert shipped.run == RunSection(name="default", deterministic=True, lag=0.5) and shipped.report.look_every > 0
-    muon = replace(plain.sleep.optimizer, name="muon", lr=1e-2)
+    muon = replace(plain.sleep.optimizer, name="muon", lr=2e-2)
     assert shipped.sleep == replace(plain.sleep, epochs=2.0, average=25, optimizer=muon)
     periods = {name: level.period for name, level in shipped.levels.items()}
     assert periods == {"fast": 2048, "medium": 4096, "slow": 8192} and list(periods) == list(plain.levels)
