@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, Callable, Dict, List, Tuple
 
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nl_model.flops import forward_flops, full_step_flops
+from nl_model.flops import forward_flops, full_step_flops, write_flops
 from nl_model.model import NestedLM
 from pipelines.config.schema import Config, SleepConfig, WakeConfig
 from pipelines.experience import Record
@@ -20,7 +21,7 @@ from pipelines.experience.memory import MemoryStore
 from pipelines.experience.replay import held_rows
 from pipelines.wake.hooks import HookCosts, NoHook
 from pipelines.wake.online_training import FEWEST, OnlineTraining, visible_before
-from pipelines.wake.writes import pool_flops, wake_flops, with_budget
+from pipelines.wake.writes import _writing, pool_flops, wake_flops, with_budget
 
 Make = Callable[..., NestedLM]
 BASE, CONTEXT = 12, 16
@@ -125,6 +126,23 @@ def test_what_is_replayed_ends_at_a_place_that_the_key_alone_decides(key: int) -
     bound = visible_before(key)
     assert bound <= key and key - bound <= max(FEWEST, key // 16), "not far behind"
     assert visible_before(max(0, key - 1)) <= bound, "and never back"
+
+
+@pytest.mark.parametrize(("trained", "replay", "batch"), [(1.13, 0.0, 4), (2.15, 0.0, 2), (0.4, 0.0, 4), (1.8, 0.8, 4)])
+def test_writes_are_reckoned_as_often_as_they_are_made(
+    make: Callable[..., Reader], trained: float, replay: float, batch: int
+) -> None:
+    """What is charged per token beyond the tokens' own cost is the writes of a long run."""
+    training = make(trained=trained, replay=replay).training
+    made = 0
+    for _ in range(4000):
+        visits, old = training._take(batch)
+        made += max(1, math.ceil(visits / batch)) if visits + old else 0
+    wake = replace(training.cfg.wake, batch=batch)
+    muon = replace(training.cfg.sleep.optimizer, name="muon")
+    cfg = replace(training.cfg, wake=wake, sleep=replace(training.cfg.sleep, optimizer=muon))
+    one = write_flops(cfg.model, cfg.levels, 257, muon) / (batch * cfg.model.context)
+    assert _writing(cfg, 257, trained) / one == pytest.approx(made / 4000, rel=1e-3)
 
 
 @given(epochs=st.floats(0.5, 5.0), replay=st.sampled_from([0.0, 0.4, 0.65, 1.0]), extra=st.floats(-0.2, 0.4))
