@@ -23,7 +23,7 @@ from pipelines.config.schema import Config
 from pipelines.machine.local import LocalHost, pretrain
 from pipelines.sleep.base import base_hash
 
-RULES = 2
+RULES = 3
 """Raised whenever trials of the same settings come out differently than before. Older ones are not read."""
 WAIT = 2.0
 """Seconds between two looks at what another process is doing."""
