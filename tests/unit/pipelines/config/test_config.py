@@ -27,18 +27,6 @@ levels:
 """
 
 
-@pytest.fixture
-def write(tmp_path: Path) -> Callable[[str], str]:
-    """Write a YAML file; returns its name."""
-
-    def to_file(text: str) -> str:
-        path = tmp_path / "given.yaml"
-        path.write_text(text)
-        return str(path)
-
-    return to_file
-
-
 def test_the_shipped_default_is_the_defaults_but_for_what_makes_it_repeatable_and_measured() -> None:
     plain = Config()
     shipped = load_config("default")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Callable, List
 
 import pytest
@@ -19,17 +18,10 @@ from pipelines.config.yaml_reader import compose
 SECRET = "what nobody should see"
 
 
-@pytest.fixture
-def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """Write a YAML file; returns its name."""
+@pytest.fixture(autouse=True)
+def secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something in the environment that no file may read."""
     monkeypatch.setenv("CIRCADIAN_SECRET", SECRET)
-
-    def to_file(text: str) -> str:
-        path = tmp_path / "given.yaml"
-        path.write_text(text, encoding="utf-8")
-        return str(path)
-
-    return to_file
 
 
 @pytest.mark.parametrize(

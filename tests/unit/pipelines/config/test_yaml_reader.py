@@ -12,18 +12,6 @@ from pipelines.config.load import load_config
 from pipelines.config.yaml_reader import TAG, compose, compose_any, read_text
 
 
-@pytest.fixture
-def write(tmp_path: Path) -> Callable[[str], str]:
-    """Write a YAML file; returns its name."""
-
-    def to_file(text: str) -> str:
-        path = tmp_path / "given.yaml"
-        path.write_text(text, encoding="utf-8")
-        return str(path)
-
-    return to_file
-
-
 @pytest.mark.parametrize(
     ("words", "kind"),
     [
