@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, Dict, Mapping
@@ -10,7 +9,7 @@ from typing import Any, Dict, Mapping
 import torch
 
 from cluster.storage.export import TOKENIZER, is_run
-from cluster.storage.releases import Releases, layout, read_release
+from cluster.storage.releases import MARKER, Releases, layout, read_release, sha256_of
 from nl_model.model import NestedLM
 from pipelines.config.schema import Config
 from pipelines.data.tokens import Tokenizer
@@ -25,7 +24,7 @@ def check_checkpoint(cfg: Config, run_dir: Path, tokenizer: Tokenizer) -> None:
     Raises:
         ValueError: there is no such release, it is damaged, or it is of another model or another tokenizer.
     """
-    if cfg.base.checkpoint is None or (run_dir / "releases" / "000000" / "STABLE").is_file():
+    if cfg.base.checkpoint is None or (run_dir / "releases" / "000000" / MARKER).is_file():
         return
     directory, named = Path(cfg.base.checkpoint), name(cfg)
     _check_kind(directory, named)
@@ -56,15 +55,12 @@ def _check_kind(directory: Path, named: str) -> None:
         raise ValueError(f"{named} is a run, not one of its releases; {newest}")
     if (directory / "config.json").is_file():
         raise ValueError(f"{named} is a model for transformers, which a run cannot start from; {WHAT}")
-    if not (directory / "STABLE").is_file():
-        raise ValueError(f"{named} is no published release: it has no STABLE marker; {WHAT}")
+    if not (directory / MARKER).is_file():
+        raise ValueError(f"{named} is no published release: it has no {MARKER} marker; {WHAT}")
 
 
 def _check_file(path: Path, sha256: str, named: str) -> None:
-    found = "no file"
-    if path.is_file():
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256_of(path)
     if found != sha256:
         raise ValueError(
             f"{named}: {path.name} is damaged: sha256 {found}, its index says {sha256}; restore it from a copy"

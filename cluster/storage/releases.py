@@ -119,6 +119,14 @@ def read_release(directory: Path) -> Release:
     return Release(**{**plain, "shards": [Shard(**shard) for shard in plain["shards"]]})
 
 
+def sha256_of(path: Path) -> str:
+    """Checksum of a file, read piece by piece; "no file" where there is none."""
+    if not path.is_file():
+        return "no file"
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def load_release(directory: Path, names: Optional[Sequence[str]] = None) -> Dict[str, Tensor]:
     """Tensors of a published release, all or those named, after checking the files they are in.
 
@@ -130,7 +138,7 @@ def load_release(directory: Path, names: Optional[Sequence[str]] = None) -> Dict
         if wanted is not None and not wanted & set(shard.tensors):
             continue
         path = directory / shard.file
-        found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no file"
+        found = sha256_of(path)
         if found != shard.sha256:
             raise ValueError(f"{path} is damaged: sha256 {found}, {INDEX} says {shard.sha256}; restore it from a copy")
         loaded, _ = load_tensors(path)
@@ -152,7 +160,7 @@ def inspect_shard(path: Path) -> ShardFacts:
     """Read a shard back and say what is there; a file that is missing or unreadable has no facts."""
     if not path.is_file():
         return ShardFacts(path.name, "")
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    sha256 = sha256_of(path)
     try:
         tensors, meta = load_tensors(path)
     except (SafetensorError, ValueError):
