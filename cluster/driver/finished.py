@@ -91,21 +91,26 @@ def growth(before: Dict[str, Any], facts: DataFacts) -> Growth:
 
 def tell_finished(console: Console, cfg: Config, run_dir: Path, told: Finished) -> None:
     """Show the figures of a finished run again, and say what can be done with new data."""
-    from pipelines.report.page import render_summary_table  # noqa: PLC0415 (plots load slowly)
+    from pipelines.report.page import read_summary, render_summary_table  # noqa: PLC0415 (plots load slowly)
 
-    console.print(render_summary_table(json.loads((run_dir / "summary.json").read_text())))
-    for line in finished_lines(cfg, run_dir, told):
+    summary = read_summary(run_dir)
+    console.print(render_summary_table(summary))
+    for line in finished_lines(cfg, run_dir, told, summary["sources"]):
         console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
-def finished_lines(cfg: Config, run_dir: Path, told: Finished) -> List[str]:
-    """That a run is finished, what is new in its data, and the command that goes on with it."""
+def finished_lines(cfg: Config, run_dir: Path, told: Finished, known: List[str]) -> List[str]:
+    """That a run is finished, what is new in its data, and the command that goes on with it.
+
+    Args:
+        known: sources that it has learned.
+    """
     date = datetime.fromtimestamp(told.time).strftime("%Y-%m-%d %H:%M")
     lines = [
         f"report: {run_dir / 'report.html'}",
         f"run {cfg.run.name} is finished ({told.tokens:,} tokens, {date}); it reads nothing more, whatever is added",
     ]
-    known, new = json.loads((run_dir / "summary.json").read_text())["sources"], None
+    new: Optional[Growth] = None
     if cfg.stream.path is not None and (run_dir / DATA).is_file():
         try:
             new = growth(json.loads((run_dir / DATA).read_text()), data_facts(open_data(cfg)))

@@ -23,6 +23,7 @@ from pipelines.config.schema import BaseConfig, Config, RunSection
 from pipelines.data.facts import data_facts
 from pipelines.data.module import open_data
 from pipelines.machine.state import Phase, RunState
+from pipelines.report.page import read_summary
 
 TEXT = "".join(f"Line {i} of a text about rivers, lamps and stones, number {i * i}.\n\n" for i in range(60))
 
@@ -57,7 +58,7 @@ class Done:
     def lines(self) -> List[str]:
         told = read_finished(self.run_dir)
         assert told is not None
-        return finished_lines(self.cfg, self.run_dir, told)
+        return finished_lines(self.cfg, self.run_dir, told, read_summary(self.run_dir)["sources"])
 
     def next_config(self) -> Config:
         """What the command that is shown asks for."""
