@@ -61,7 +61,8 @@ def _writing(cfg: Config, vocab_size: int, trained: float) -> float:
     over its new text where it makes several. Its steps train on the whole numbers of sequences around the mean."""
     batch = cfg.wake.batch
     visits = trained * (1.0 - cfg.wake.replay) * batch
-    fewest, share = math.floor(visits + 1e-9), max(0.0, visits - math.floor(visits + 1e-9))
+    fewest = math.floor(visits + 1e-9)
+    share = max(0.0, visits - fewest)
     few, many = (max(1, math.ceil(number / batch)) for number in (fewest, fewest + 1))
     one = write_flops(cfg.model, cfg.levels, vocab_size, cfg.sleep.optimizer)
     return ((1.0 - share) * few + share * many) * one / (batch * cfg.model.context)
