@@ -14,7 +14,8 @@ from cluster.storage.releases import load_release
 from nl_model.weights import split
 from pipelines.config.schema import Config
 from pipelines.data.module import open_data
-from pipelines.machine.control import Budget, Row, Trial, control_config, run_control
+from pipelines.machine.control import Budget, Row, control_config, run_control
+from pipelines.machine.state import Trial
 
 
 class ControlTrainer:

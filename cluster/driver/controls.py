@@ -12,7 +12,8 @@ from cluster.actors.control_trainer import ControlTrainer
 from cluster.actors.start import results, start_actor, whole_bundle
 from cluster.driver.failures import RunFailed, describe
 from pipelines.config.schema import Config
-from pipelines.machine.control import Budget, Row, Trial, at_once, final_mean, next_trial, place
+from pipelines.machine.control import Budget, Row, at_once, final_mean, next_trial, place
+from pipelines.machine.state import Trial
 
 
 @dataclass

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from nl_model.weights import write_durably
 from pipelines.machine.state import STATE_FILE, RunState
+from pipelines.report.status import read_state
 
 
 def load_state(run_dir: Path) -> RunState:
     """The state of a run, or a new one."""
-    path = run_dir / STATE_FILE
-    return RunState.from_json(json.loads(path.read_text())) if path.exists() else RunState()
+    plain = read_state(run_dir)
+    return RunState.from_json(plain) if plain else RunState()
 
 
 def save_state(run_dir: Path, state: RunState) -> None:

@@ -13,8 +13,7 @@ from pipelines.data.module import DataModule
 from pipelines.dreams.report import dream_summary
 from pipelines.experience import DREAM_KEY, Snapshot
 from pipelines.gate.probe import Row, read_matrix
-from pipelines.machine.control import Trial
-from pipelines.machine.state import RunState
+from pipelines.machine.state import RunState, Trial
 from pipelines.report.events import Timeline, build_timeline, read_events
 from pipelines.report.versions import versions
 

@@ -24,7 +24,7 @@ from pipelines.gate.judge import Judge
 from pipelines.machine.local import LocalParts
 from pipelines.machine.rules import least_rest
 from pipelines.machine.simulated import Simulation
-from pipelines.machine.state import RunState
+from pipelines.machine.state import RunState, Trial
 from pipelines.sleep.round import Weights
 from pipelines.wake.writes import with_budget
 
@@ -32,25 +32,6 @@ Row = Dict[str, Any]
 """release, tokens and bpb by source, as `pipelines.gate.probe.Row` takes them."""
 LEAST_AT_ONCE = 2
 """Trials at a time: the learner's place and that of one rank are free when the stream has ended."""
-
-
-@dataclass(frozen=True, order=True)
-class Trial:
-    """One control."""
-
-    strategy: str
-    learning_rate: float
-
-    @property
-    def name(self) -> str:
-        """As the run's state has it: replay@0.002."""
-        return f"{self.strategy}@{self.learning_rate!r}"
-
-    @classmethod
-    def of(cls, name: str) -> Trial:
-        """The trial of a name."""
-        strategy, _, rate = name.partition("@")
-        return cls(strategy, float(rate))
 
 
 @dataclass(frozen=True)

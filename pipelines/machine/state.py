@@ -16,6 +16,25 @@ STATE_FILE = "checkpoints/coordinator.json"
 """Where a driver keeps it, in the run directory."""
 
 
+@dataclass(frozen=True, order=True)
+class Trial:
+    """One control: a strategy at a step size."""
+
+    strategy: str
+    learning_rate: float
+
+    @property
+    def name(self) -> str:
+        """As the run's state has it: replay@0.002."""
+        return f"{self.strategy}@{self.learning_rate!r}"
+
+    @classmethod
+    def of(cls, name: str) -> Trial:
+        """The trial of a name."""
+        strategy, _, rate = name.partition("@")
+        return cls(strategy, float(rate))
+
+
 class Phase(StrEnum):
     """Phases of a run."""
 
@@ -73,7 +92,7 @@ class RunState:
     """End of the audit log (pipelines/report/audit.py): length, head, entries that may not be in the file yet. The
     driver's: it chains the entries that the machine gives it, and saves both in one write."""
     control: Dict[str, Dict[str, Any]] = field(default_factory=dict)
-    """Rows and FLOPs of finished controls by name (pipelines/machine/control.py): replay@0.002."""
+    """Rows and FLOPs of finished controls by name (`Trial.name`): replay@0.002."""
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> RunState:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.machine.state import RunState
+from pipelines.machine.state import RunState, Trial
 from pipelines.report.events import Event, read_events
 from pipelines.report.status import Status, read_state, read_status
 
@@ -83,10 +83,9 @@ def _matrix(rows: Sequence[Mapping[str, Any]], sources: Sequence[str]) -> dict[s
 def _controls(control: Mapping[str, Mapping[str, Any]], sources: Sequence[str]) -> dict[str, Any]:
     """Of every strategy the trial that ends lowest among those that have ended."""
     best: dict[str, Any] = {}
-    for name, trial in sorted(control.items()):
-        strategy, _, rate = name.partition("@")
-        side = {**_matrix(trial["rows"], sources), "flops": trial["flops"], "learning_rate": float(rate)}
+    for name, ended in sorted((Trial.of(name), ended) for name, ended in control.items()):
+        side = {**_matrix(ended["rows"], sources), "flops": ended["flops"], "learning_rate": name.learning_rate}
         mean = side.get("mean_final_bpb")
-        if mean is not None and mean < best.get(strategy, {}).get("mean_final_bpb", float("inf")):
-            best[strategy] = side
+        if mean is not None and mean < best.get(name.strategy, {}).get("mean_final_bpb", float("inf")):
+            best[name.strategy] = side
     return best

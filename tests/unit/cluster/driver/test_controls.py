@@ -12,7 +12,8 @@ from cluster.driver import controls
 from cluster.driver.controls import ControlSearch
 from cluster.driver.failures import RunFailed, Stopped
 from pipelines.config.load import load_config
-from pipelines.machine.control import Budget, Row, Trial
+from pipelines.machine.control import Budget, Row
+from pipelines.machine.state import Trial
 
 
 def rows(mean: float) -> List[Row]:
