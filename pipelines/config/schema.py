@@ -329,6 +329,11 @@ class Config:
             raise ValueError("base.tokens=0 leaves base.sources unused; drop them or give base.tokens")
 
     @property
+    def base_source_bytes(self) -> int:
+        """Most bytes read of each base source, decided; 0: no limit."""
+        return self.base.max_source_bytes or self.stream.limit
+
+    @property
     def pool_period(self) -> int:
         """Tokens of the stream between two rounds: the period of the pool's fastest level."""
         return min(level.period for level in self.levels.values() if level.owner == "pool")

@@ -64,17 +64,12 @@ def data_facts(setting: DataModule) -> DataFacts:
     return DataFacts(sources, tuple(_notes(setting, sources)), tuple(left_out))
 
 
-def base_limit(cfg: Config) -> int:
-    """Most bytes read of each base source; 0: no limit."""
-    return cfg.base.max_source_bytes or cfg.stream.limit
-
-
 def _source(setting: DataModule, name: str) -> SourceFacts:
     cfg, parts = setting.cfg, setting.corpus.parts(name)
     reads: List[int] = []
     reasons: List[str] = []
     for names, limit, reason in (
-        (setting.base_sources, base_limit(cfg), BASE_LIMIT if cfg.base.max_source_bytes else STREAM_LIMIT),
+        (setting.base_sources, cfg.base_source_bytes, BASE_LIMIT if cfg.base.max_source_bytes else STREAM_LIMIT),
         (setting.stream_sources, cfg.stream.limit, STREAM_LIMIT),
     ):
         reads.append(_at_most(parts.size, limit) if name in names else 0)

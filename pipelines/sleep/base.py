@@ -30,8 +30,7 @@ def base_sequences(corpus: Corpus, tokenizer: Tokenizer, cfg: Config, sources: L
     """
     if cfg.base.checkpoint is not None and not sources:
         return []
-    limit = cfg.base.max_source_bytes or cfg.stream.limit
-    mixed = replace(cfg.stream, schedule="mixed", sources=[], max_source_bytes=limit)
+    mixed = replace(cfg.stream, schedule="mixed", sources=[], max_source_bytes=cfg.base_source_bytes)
     stream = Stream(corpus, tokenizer, mixed, cfg.model.context, sources, cfg.run.seed)
     sequences: List[Sequence] = []
     while batch := stream.next_batch(1):
