@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Dict, Tuple
 
+from nl_model.checks import at_least, one_of, share
 from pipelines.compare.methods import lr_of, method_of
-from pipelines.config.checks import at_least, one_of, share
 
 REGIMES: Dict[str, float] = {"whole": 0.0, "cap5": 0.05, "cap1": 0.01}
 """Bytes of the past that replay may hold, as a share of the stream's configured bytes; 0: all. By name."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipelines.config.checks import above, at_least, inside, one_of, share, within
+from nl_model.checks import above, at_least, inside, one_of, share, within
 
 SCORES = ("gradient", "progress")
 

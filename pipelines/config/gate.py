@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Dict
 
-from pipelines.config.checks import at_least, must, one_of, share
+from nl_model.checks import at_least, must, one_of, share
 
 BOUNDS = ("mean", "low", "high")
 

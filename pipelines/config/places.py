@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Dict, Optional
 
-from pipelines.config.checks import above, at_least
+from nl_model.checks import above, at_least
 from pipelines.config.paths import uri_from_home
 
 LEAST_OBJECT_STORE_MB = 75

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipelines.config.checks import above, at_least, must, one_of
+from nl_model.checks import above, at_least, must, one_of
 
 
 @dataclass(frozen=True)

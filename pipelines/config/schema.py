@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Dict, List, Optional
 
+from nl_model.checks import above, at_least, one_of, share, within
 from nl_model.config import LevelConfig, ModelConfig, OptimizerConfig, check_levels, in_tokens
-from pipelines.config.checks import above, at_least, one_of, share, within
 from pipelines.config.dreams import DreamConfig
 from pipelines.config.gate import GateConfig
 from pipelines.config.paths import from_home

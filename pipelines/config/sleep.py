@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from nl_model.checks import above, at_least, inside, one_of, share
 from nl_model.config import DIVERGENCES, OptimizerConfig
-from pipelines.config.checks import above, at_least, inside, one_of, share
 
 SAMPLERS = ("uniform", "recency", "surprise")
 GUIDES = ("recompute", "stored")

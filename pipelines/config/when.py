@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import List
 
-from pipelines.config.checks import above, at_least, one_of, share
+from nl_model.checks import above, at_least, one_of, share
 
 POLICIES = ("tokens", "time", "surprise", "saturation", "idle")
 BY_THE_CLOCK = ("time", "idle")

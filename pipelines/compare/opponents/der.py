@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nl_model.checks import at_least, share
 from nl_model.distillation import TopK, distillation, forward_kl, top_k
 from nl_model.model import NestedLM
-from pipelines.config.checks import at_least, share
 from pipelines.config.schema import Config
 from pipelines.experience.replay import Experience, held_rows
 from pipelines.sleep.engine import LocalEngine

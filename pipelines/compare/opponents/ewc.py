@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nl_model.checks import at_least
 from nl_model.flops import full_step_flops
 from nl_model.model import NestedLM
-from pipelines.config.checks import at_least
 from pipelines.config.schema import Config
 from pipelines.experience.replay import Experience, priorities
 from pipelines.sleep.engine import LocalEngine

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn import functional as F
 
+from nl_model.checks import at_least
 from nl_model.model import NestedLM
-from pipelines.config.checks import at_least
 from pipelines.config.schema import Config
 from pipelines.experience.replay import Experience
 from pipelines.sleep.engine import LocalEngine

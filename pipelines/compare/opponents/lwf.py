@@ -13,11 +13,11 @@ from typing import Callable, Dict, Mapping
 import torch
 from torch import Tensor
 
+from nl_model.checks import share
 from nl_model.distillation import distillation, forward_kl
 from nl_model.flops import forward_flops
 from nl_model.model import NestedLM
 from nl_model.weights import load_into
-from pipelines.config.checks import share
 from pipelines.config.schema import Config
 from pipelines.experience.replay import Experience
 from pipelines.sleep.engine import LocalEngine

@@ -13,8 +13,8 @@ from typing import Callable, Dict, Mapping
 import torch
 from torch import Tensor
 
+from nl_model.checks import at_least, share
 from nl_model.model import NestedLM
-from pipelines.config.checks import at_least, share
 from pipelines.config.schema import Config
 from pipelines.experience.replay import Experience
 from pipelines.wake.hooks import NoHook
